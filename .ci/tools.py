@@ -1,0 +1,206 @@
+"""Work on the notebooks: run them, refresh what is made from them, build the site.
+
+    python .ci/tools.py run [--flags "slow gpu"] NOTEBOOK ...   execute, save the outputs, clean
+    python .ci/tools.py prepare                                 clean, export, sidebar, README.md
+    python .ci/tools.py docs                                    build the site into _docs
+
+The Makefile calls these; the tests call the functions.
+"""
+
+import argparse
+import os
+import posixpath
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbdev.config import get_config
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, DOCS = ROOT / "nbs", ROOT / "_docs"
+FOLDERS = ["losses", "tutorials", "timing"]  # first in the sidebar, in this order; others follow by name
+
+
+def notebooks() -> list[Path]:
+    """Every notebook of the project, in reading order."""
+
+    def order(path: Path) -> tuple:
+        folder = path.parent.relative_to(NBS).as_posix()
+        rank = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+        return folder != ".", rank, folder, path.name != "index.ipynb", path.name
+
+    found = (p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+    return sorted(found, key=order)
+
+
+# Run
+
+
+def directives(source: str) -> dict[str, str]:
+    """The `#|` lines at the top of a code cell: {"gpu": ""} or {"eval": "false"}."""
+    lines = re.match(r"(?:#\|.*\n?|\s*\n)*", source)[0]
+    return {k: v.strip() for k, v in re.findall(r"#\|\s*(\w+):?(.*)", lines)}
+
+
+def execute(path: Path, flags: str = "") -> nbformat.NotebookNode:
+    """Run a notebook in a fresh kernel; a failing cell raises with its traceback.
+
+    Cells marked with one of settings.ini's `tst_flags` do not run, and keep their outputs,
+    unless the flag is in `flags`.
+    """
+    from nbclient import NotebookClient
+
+    skip = set(get_config().tst_flags.split()) - set(flags.split())
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells:
+        marks = directives(cell.source)
+        if skip & marks.keys() or marks.get("eval") == "false":
+            cell.metadata["tags"] = ["skip-execution"]
+    where = {"metadata": {"path": str(path.parent)}}
+    return NotebookClient(nb, timeout=900, kernel_name="python3", resources=where, record_timing=False).execute()
+
+
+def run(paths: list[str], flags: str = "") -> None:
+    """Execute notebooks and save them, clean, with their new outputs."""
+    from nbdev.clean import nbdev_clean
+
+    for path in [Path(p).resolve() for p in paths] or notebooks():
+        print(f"running {path.relative_to(ROOT)}", flush=True)
+        nbformat.write(execute(path, flags), path)
+        nbdev_clean.__wrapped__(str(path))
+
+
+# Prepare
+
+
+def sidebar() -> str:
+    """The site's contents as YAML: the core notebooks, then one section for each folder."""
+    contents: list = []
+    for path in (p.relative_to(NBS) for p in notebooks()):
+        folder = path.parent.as_posix()
+        if folder == ".":
+            contents.append(path.as_posix())
+            continue
+        if not (isinstance(contents[-1], dict) and contents[-1]["section"] == folder.capitalize()):
+            contents.append({"section": folder.capitalize(), "contents": []})
+        contents[-1]["contents"].append(path.as_posix())
+    head = "# Made from the notebooks' folders by `make prepare`.\n"
+    return head + yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False)
+
+
+def readme() -> tuple[str, dict[str, bytes]]:
+    """README.md as text, and its pictures by path, from nbs/index.ipynb."""
+    from nbconvert import MarkdownExporter
+    from nbdev.processors import FilterDefaults
+    from nbdev.serve_drv import exec_nb
+
+    with tempfile.TemporaryDirectory() as folder:
+        processed = Path(folder) / "index.ipynb"
+        exec_nb(NBS / "index.ipynb", processed, FilterDefaults)
+        nb = nbformat.read(processed, as_version=4)
+    front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
+    title = f"# {front['title']}\n\n> {front['description']}"
+    nb.cells[0] = nbformat.v4.new_markdown_cell(title)
+    for cell in nb.cells:
+        if cell.cell_type == "markdown":
+            cell.source = from_root(cell.source)
+        elif cell.cell_type == "code":
+            hidden = directives(cell.source).get("echo") == "false"
+            cell.metadata["transient"] = {"remove_source": hidden}
+            cell.source = re.sub(r"^(#\|.*\n)+", "", cell.source)
+    nb.metadata["language_info"] = {"name": "python"}
+    text, found = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "nbs/index_files"})
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", found["outputs"]
+
+
+def from_root(markdown: str) -> str:
+    """Relative links of a page in nbs/, written from the repository's root; code stays as it is."""
+
+    def fix(link: re.Match) -> str:
+        return link[1] + posixpath.normpath("nbs/" + link[2])
+
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", markdown, flags=re.S)
+    parts[::2] = [re.sub(r'(\]\(|src="|href=")(?!\w+:|#)([^)"\s]+)', fix, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def prepare() -> None:
+    """Clean the notebooks and write all that is made from them."""
+    from nbdev.clean import nbdev_clean
+    from nbdev.doclinks import nbdev_export
+    from nbdev.quarto import refresh_quarto_yml
+
+    nbdev_clean.__wrapped__()
+    nbdev_export.__wrapped__()
+    refresh_quarto_yml()
+    (NBS / "sidebar.yml").write_text(sidebar())
+    text, pictures = readme()
+    (ROOT / "README.md").write_text(text)
+    shutil.rmtree(NBS / "index_files", ignore_errors=True)
+    for name, data in pictures.items():
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_bytes(data)
+
+
+# Docs
+
+
+def docs() -> int:
+    """Build the site into _docs; return the number of warnings."""
+    from nbdev.serve import proc_nbs
+    from smalldocs import markdown
+    from smalldocs.config import load
+    from smalldocs.site import Page, Site
+
+    class NbdevSite(Site):
+        """A site with nbdev's page names, 03_ggn.ipynb as ggn.html, and arrays by their public name."""
+
+        def read(self, src) -> Page:
+            page = super().read(src)
+            page.out = page.out.with_name(page.front.pop("output-file", page.out.name))
+            page.body = page.body.replace("jaxlib._jax.Array", "jax.Array")
+            return page
+
+        def warn(self, message: str) -> None:
+            if "output-file" not in message:
+                super().warn(message)
+
+    # Without digits allowed beside it, `$x$` at the start of a line that ends in a digit is not read as maths.
+    plugin = markdown.dollarmath_plugin
+    markdown.dollarmath_plugin = lambda md, **options: plugin(md, **options | {"allow_digits": True})
+    site = NbdevSite(load(proc_nbs(force=True, n_workers=2)))
+    site.out = DOCS
+    print(f"{site.build()} pages in {DOCS.name}")
+    one_host(site)
+    for warning in site.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return len(site.warnings)
+
+
+def one_host(site) -> None:
+    """Make the site whole: KaTeX and links between pages stay on its own host, and so do fonts."""
+    from smalldocs.layout import KATEX
+
+    shutil.copytree(NBS / "katex", DOCS / "site_libs" / "katex")
+    cfg = get_config()
+    home = f'href="{cfg.doc_host}{cfg.doc_baseurl}/'
+    for page in site.pages.values():
+        up = "../" * (len(page.out.parts) - 1) or "./"
+        html = (DOCS / page.out).read_text()
+        (DOCS / page.out).write_text(html.replace(KATEX, up + "site_libs/katex").replace(home, f'href="{up}'))
+    for css in (DOCS / "site_libs" / "themes").glob("*.css"):
+        css.write_text(re.sub(r"@import url\(https:[^)]*\);", "", css.read_text()))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["run", "prepare", "docs"])
+    parser.add_argument("notebook", nargs="*", help="for run; all of them when none is named")
+    parser.add_argument("--flags", default="", help="for run: also run cells with these flags")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    sys.exit(run(args.notebook, args.flags) if args.action == "run" else globals()[args.action]())
