@@ -1,0 +1,231 @@
+"""The public names, their signatures, and the ways in which they are called."""
+
+import functools
+import inspect
+from collections import UserDict
+from enum import StrEnum
+from types import MappingProxyType
+
+import ggn_nb
+import ggn_nb.ggn
+import ggn_nb.loss_hessian
+import ggn_nb.losses.loss
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ggn_cases import BUILT_IN, LOSSES, linear
+from ggn_nb import LossFn, create_ggn_mv, create_ggn_mv_without_data, create_loss_hessian_mv
+from ggn_nb.testing import assert_close
+
+W, V, X = (jnp.asarray(np.random.default_rng(k).standard_normal(s)) for k, s in enumerate([(3, 2), (3, 2), (4, 3)]))
+DATA = {"input": X, "target": jnp.array([0, 1, 0, 1])}
+
+HOMES = {
+    "create_ggn_mv": ggn_nb.ggn,
+    "create_ggn_mv_without_data": ggn_nb.ggn,
+    "create_loss_hessian_mv": ggn_nb.loss_hessian,
+    "LossFn": ggn_nb.loss_hessian,
+    "Loss": ggn_nb.losses.loss,
+    "GGN": ggn_nb.ggn,
+    "UnboundGGN": ggn_nb.ggn,
+}
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_names_are_in_the_package_and_where_they_are_defined(name):
+    assert getattr(ggn_nb, name) is getattr(HOMES[name], name)
+    assert getattr(ggn_nb, name).__module__ == HOMES[name].__name__
+    assert name in HOMES[name].__all__
+    assert inspect.getdoc(getattr(ggn_nb, name))
+
+
+def spelled(fn):
+    """(name, kind, default) of each parameter."""
+    return [(p.name, p.kind.name, p.default) for p in inspect.signature(fn).parameters.values()]
+
+
+def either(name, default=inspect.Parameter.empty):
+    return (name, "POSITIONAL_OR_KEYWORD", default)
+
+
+def keyword(name, default):
+    return (name, "KEYWORD_ONLY", default)
+
+
+REST = ("kwargs", "VAR_KEYWORD", inspect.Parameter.empty)
+SIGNATURES = {
+    create_loss_hessian_mv: [either("loss_fn"), REST],
+    create_ggn_mv_without_data: [
+        *map(either, ("model_fn", "params", "loss_fn", "factor")),
+        keyword("vmap_over_data", True),
+        keyword("loss_hessian_mv", None),
+    ],
+    create_ggn_mv: [
+        *map(either, ("model_fn", "params", "data")),
+        either("loss_fn", None),
+        keyword("num_curv_samples", None),
+        keyword("num_total_samples", None),
+        keyword("vmap_over_data", True),
+        keyword("loss_hessian_mv", None),
+    ],
+}
+
+
+@pytest.mark.parametrize("fn", SIGNATURES, ids=lambda fn: fn.__name__)
+def test_signature(fn):
+    ours, seed = spelled(fn), SIGNATURES[fn]
+    assert ours[: len(seed)] == seed
+    for _, kind, default in ours[len(seed) :]:  # what is new is a keyword with a default
+        assert kind == "KEYWORD_ONLY"
+        assert default is not inspect.Parameter.empty
+
+
+def test_policy_keyword_is_documented_by_its_default():
+    assert inspect.signature(create_ggn_mv).parameters["linearize"].default == "cached"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_signature_of_a_hessian_product(loss):
+    assert spelled(create_loss_hessian_mv(LOSSES[loss])) == [either("jv"), either("pred"), either("target", None), REST]
+
+
+def test_signatures_of_the_products():
+    G, mv = create_ggn_mv(linear, W, DATA, "mse"), create_ggn_mv_without_data(linear, W, "mse", 1.0)
+    assert [name for name, *_ in spelled(G)] == ["vec"]
+    assert [name for name, *_ in spelled(mv)] == ["vec", "data"]
+    assert_close(G(vec=V), mv(vec=V, data=DATA))
+
+
+def test_loss_names():
+    expected = {
+        "MSE": "mse",
+        "CROSS_ENTROPY": "cross_entropy",
+        "BINARY_CROSS_ENTROPY": "binary_cross_entropy",
+        "NONE": "none",
+    }
+    assert issubclass(LossFn, StrEnum)
+    assert {member.name: member.value for member in LossFn} == expected
+    assert tuple(sorted(LossFn)) == tuple(sorted(BUILT_IN))
+
+
+# --- how the seed's users call a loss Hessian
+
+f, u = jnp.array([0.0, 1.0, -2.0]), jnp.array([1.0, 2.0, 3.0])
+s = np.exp(f - 1) / np.sum(np.exp(f - 1))
+q = 1 / (1 + np.exp(-f))
+BY_HAND = {
+    "mse": 2 * np.asarray(u),
+    "cross_entropy": (np.diag(s) - np.outer(s, s)) @ u,
+    "binary_cross_entropy": np.diag(q * (1 - q)) @ u,
+    "none": np.asarray(u),
+}
+CALLS = {
+    "positional": lambda mv: mv(u, f),
+    "pred by keyword": lambda mv: mv(u, pred=f),
+    "all by keyword": lambda mv: mv(jv=u, pred=f, target=None),
+    "target by position": lambda mv: mv(u, f, f),
+    "target by keyword": lambda mv: mv(u, pred=f, target=jnp.array(1)),
+    "more keywords": lambda mv: mv(u, f, key=3, weights="anything"),
+    "numpy": lambda mv: mv(np.asarray(u), np.asarray(f)),
+    "jit": lambda mv: jax.jit(mv)(u, f),
+    "vmap over vectors": lambda mv: jax.vmap(mv, in_axes=(0, None))(u[None], f)[0],
+    "vmap over samples": lambda mv: jax.vmap(mv)(u[None], f[None])[0],
+    "vmap as the seed's product does": lambda mv: jax.vmap(mv)(u[None], pred=f[None], target=jnp.array([1]))[0],
+    "leading axes": lambda mv: mv(u[None, None], f[None, None])[0, 0],
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("loss", BUILT_IN)
+def test_built_in_hessian_product_by_hand(loss, call):
+    for name in (loss, LossFn(loss)):
+        assert_close(CALLS[call](create_loss_hessian_mv(name)), jnp.asarray(BY_HAND[loss]))
+    assert_close(CALLS[call](create_loss_hessian_mv(loss_fn=loss, anything="else")), jnp.asarray(BY_HAND[loss]))
+
+
+@pytest.mark.parametrize("loss", [lambda f, y: jnp.sum((f - y) ** 2), lambda f, y: (f - y) ** 2], ids=["scalar", "array"])
+def test_custom_hessian_product(loss):
+    mv = create_loss_hessian_mv(loss)
+    for got in (mv(u, f, f), mv(u, pred=f, target=f), mv(jv=u, pred=f, target=f, other=1), jax.jit(mv)(u, f, f)):
+        assert_close(got, 2 * u)
+    assert_close(jax.vmap(mv)(u[None], pred=f[None], target=f[None]), 2 * u[None])
+
+
+# --- how the seed's users call the products
+
+G_MSE = 2 * X.T @ (X @ V)
+BOUND = {
+    "positional": lambda: create_ggn_mv(linear, W, DATA, "mse")(V),
+    "enum": lambda: create_ggn_mv(linear, W, DATA, LossFn.MSE)(V),
+    "keywords": lambda: create_ggn_mv(model_fn=linear, params=W, data=DATA, loss_fn="mse")(V),
+    "given product": lambda: create_ggn_mv(linear, W, DATA, loss_hessian_mv=lambda jv, pred, target: 2 * jv)(V),
+    "given product, only keywords used": lambda: create_ggn_mv(linear, W, DATA, loss_hessian_mv=lambda jv, **kwargs: 2 * jv)(V),
+    "given created product": lambda: create_ggn_mv(linear, W, DATA, None, loss_hessian_mv=create_loss_hessian_mv("mse"))(V),
+    "given partial": lambda: create_ggn_mv(linear, W, DATA, loss_hessian_mv=functools.partial(lambda c, jv, pred, target: c * jv, 2))(V),
+    "custom": lambda: create_ggn_mv(linear, W, DATA, lambda f, y: jnp.sum(f**2))(V),
+    "jitted custom": lambda: create_ggn_mv(linear, W, DATA, jax.jit(lambda f, y: jnp.sum(f**2)))(V),
+    "whole batch": lambda: create_ggn_mv(linear, W, DATA, "mse", vmap_over_data=False)(V),
+    "half of the samples": lambda: 0.5 * create_ggn_mv(linear, W, DATA, "mse", num_curv_samples=4, num_total_samples=8)(V),
+    "a loss object": lambda: create_ggn_mv(linear, W, DATA, ggn_nb.Loss("sq", None, lambda jv, pred, target=None, **kw: 2 * jv, None, None))(V),
+    "read-only data": lambda: create_ggn_mv(linear, W, MappingProxyType(DATA), "mse")(V),
+    "another mapping": lambda: create_ggn_mv(linear, W, UserDict(DATA), "mse")(V),
+    "no target": lambda: create_ggn_mv(linear, W, {"input": X, "target": None}, "mse")(V),
+    "jit": lambda: jax.jit(create_ggn_mv(linear, W, DATA, "mse"))(V),
+    "unbound": lambda: create_ggn_mv_without_data(linear, W, "mse", 1.0)(V, DATA),
+    "unbound, keywords": lambda: create_ggn_mv_without_data(model_fn=linear, params=W, loss_fn="mse", factor=1)(vec=V, data=DATA),
+    "unbound, given product": lambda: create_ggn_mv_without_data(linear, W, None, 1.0, loss_hessian_mv=lambda jv, pred, target: 2 * jv)(V, DATA),
+    "unbound, jit": lambda: jax.jit(create_ggn_mv_without_data(linear, W, "mse", 1.0))(V, DATA),
+    "unbound, bound later": lambda: create_ggn_mv_without_data(linear, W, "mse", 1.0).bind(DATA)(V),
+    "linearised later": lambda: create_ggn_mv_without_data(linear, W, "mse", 1.0).bind(DATA).linearized()(V),
+}
+
+
+@pytest.mark.parametrize("call", BOUND)
+def test_ways_to_the_same_product(call):
+    assert_close(BOUND[call](), G_MSE)
+
+
+def seen_by(vmap_over_data, tree=False):
+    """What a custom loss, a given Hessian product, and the model get to see."""
+    shapes = {}
+
+    def model_fn(input, params):
+        shapes["input"] = input["x"].shape
+        return {"f": input["x"] @ params} if tree else input["x"] @ params
+
+    def loss(pred, target):
+        shapes["pred"], shapes["target"] = jax.tree.map(jnp.shape, (pred, target))
+        return jnp.sum(jax.tree.leaves(pred)[0] ** 2)
+
+    data = {"input": {"x": X}, "target": DATA["target"]}
+    create_ggn_mv(model_fn, W, data, loss, vmap_over_data=vmap_over_data)(V)
+    return shapes
+
+
+def test_custom_losses_see_one_sample_or_everything():
+    assert seen_by(True) == {"input": (3,), "pred": (2,), "target": ()}
+    assert seen_by(False) == {"input": (4, 3), "pred": (4, 2), "target": (4,)}
+    assert seen_by(True, tree=True)["pred"] == {"f": (2,)}
+    assert seen_by(False, tree=True)["pred"] == {"f": (4, 2)}
+
+
+def test_given_hessian_products_see_one_sample_or_everything():
+    seen = []
+
+    def given(jv, pred, target):
+        seen.append((jv.shape, pred.shape, target.shape))
+        return jv
+
+    for vmap_over_data in (True, False):
+        create_ggn_mv(linear, W, DATA, loss_hessian_mv=given, vmap_over_data=vmap_over_data)(V)
+    assert set(seen) == {((2,), (2,), ()), ((4, 2), (4, 2), (4,))}
+
+
+def test_operators_say_what_they_are():
+    mv = create_ggn_mv_without_data(linear, W, "mse", 1.0)
+    assert "6 parameters" in repr(mv)
+    assert "cached" in repr(create_ggn_mv(linear, W, DATA, "mse"))
+    assert "recomputed" in repr(create_ggn_mv(linear, W, DATA, "mse", linearize="recomputed"))
+    assert isinstance(mv, ggn_nb.UnboundGGN)
+    assert isinstance(mv.bind(DATA), ggn_nb.GGN)

@@ -1,0 +1,108 @@
+"""The notebooks: each one runs, is clean, and agrees with what is made from it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbclient.exceptions import CellExecutionError
+from tools import NBS, ROOT, execute, notebooks, readme, sidebar
+
+NAMES = [path.relative_to(NBS).as_posix() for path in notebooks()]
+GENERATED = {"_proc", "_docs", "build", "dist"}
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of what nbdev reads, and a function that runs a command of nbdev in it."""
+    for folder in ("nbs", "ggn_nb"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+
+    def nbdev(command: str) -> Path:
+        code = f"from nbdev.{command.split('.')[0]} import *; {command.split('.')[1]}"
+        env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True)
+        return tmp_path
+
+    return nbdev
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The files of a package by path, without caches."""
+    files = (p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in files}
+
+
+def test_every_notebook_of_the_repository_is_run():
+    tree = {
+        path.relative_to(NBS).as_posix() if path.is_relative_to(NBS) else str(path)
+        for path in ROOT.rglob("*.ipynb")
+        if not any(part[0] == "." or part in GENERATED for part in path.relative_to(ROOT).parts[:-1])
+    }
+    assert len(NAMES) > 0
+    assert sorted(NAMES) == sorted(tree)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_runs(name, pytestconfig, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    failure = ""
+    try:
+        execute(NBS / name, pytestconfig.getoption("flags"))
+    except CellExecutionError as error:
+        failure = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    if failure:
+        pytest.fail(f"{name}\n{failure}", pytrace=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_cell_ids_are_present_and_unique(name):
+    nb = json.loads((NBS / name).read_text())
+    ids = [cell.get("id") for cell in nb["cells"]]
+    assert all(ids)
+    assert len(set(ids)) == len(ids)
+
+
+def test_notebooks_are_clean(copy):
+    cleaned = copy("clean.nbdev_clean()") / "nbs"
+    dirty = [name for name in NAMES if (cleaned / name).read_bytes() != (NBS / name).read_bytes()]
+    assert not dirty, "run `make prepare`"
+
+
+def test_exported_modules_are_in_sync(copy, tmp_path):
+    for path in (tmp_path / "ggn_nb").rglob("*.py"):
+        if path.name != "__init__.py":
+            path.unlink()
+    exported = copy("doclinks.nbdev_export()") / "ggn_nb"
+    assert contents(exported) == contents(ROOT / "ggn_nb"), "run `make prepare`"
+
+
+def test_exported_modules_compile_without_warnings(tmp_path):
+    shutil.copytree(ROOT / "ggn_nb", tmp_path / "ggn_nb", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-W", "error", "-m", "compileall", "-q", "ggn_nb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_site_settings_are_in_sync(copy):
+    made = copy("quarto.refresh_quarto_yml()") / "nbs"
+    assert (made / "nbdev.yml").read_text() == (NBS / "nbdev.yml").read_text(), "run `make prepare`"
+    assert sidebar() == (NBS / "sidebar.yml").read_text(), "run `make prepare`"
+
+
+def test_readme_is_in_sync(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text, pictures = readme()
+    assert text == (ROOT / "README.md").read_text(), "run `make prepare`"
+    assert pictures == {p.relative_to(ROOT).as_posix(): p.read_bytes() for p in (NBS / "index_files").glob("*")}
+
+
+def test_contributing_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})
