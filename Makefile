@@ -1,9 +1,10 @@
 # Needs Python 3.11 or newer and nothing else: each target makes the environment it uses.
 #   PYTHON=python3.12   the interpreter for the environment (found by itself otherwise)
 #   EXTRAS=dev,peers    what to install for everything but the demo
+#   VENV=.venv-peers    where
 #   ARGS="-k wheel"     more arguments for pytest
 
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
 JOBS ?= 2
@@ -22,7 +23,7 @@ demo: $(VENV)/.installed-demo  ## the quickstart on real data: a report and a pi
 	@$(BIN)/python -m ggn_nb.demo
 
 test: $(DEV)  ## every check: notebooks, exports, README, pytest suite, wheel, site
-	@$(BIN)/pytest -n $(JOBS) --dist loadgroup --durations 10 tests $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadgroup -ra --durations 10 tests $(ARGS)
 
 docs: $(DEV)  ## build the site into _docs
 	@$(BIN)/python .ci/tools.py docs
@@ -37,7 +38,7 @@ notebook: $(DEV)  ## execute NB=nbs/….ipynb (all without NB) and save its outp
 	@$(BIN)/python .ci/tools.py run --flags "$(FLAGS)" $(NB)
 
 clean:  ## remove the environment and all that was built
-	@rm -rf $(VENV) _docs _proc build dist *.egg-info
+	@rm -rf .venv* _docs _proc build dist *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "ggn_nb needs Python 3.11 or newer: none was found (set PYTHON=...)"; exit 1; }

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial, register_dataclass
 
 from .checks import batch_size, check_data, check_floating, check_function, check_like, check_scalar
@@ -34,8 +35,8 @@ def _worth_storing(primitive, *_, **__) -> bool:
 # %% ../nbs/04_ggn.ipynb #b097248b
 def _as_pytree(model_fn) -> Callable:
     "`model_fn` as a pytree: one that carries arrays stays as it is, any other function becomes static"
-    leaves = jax.tree.leaves(model_fn)
-    if callable(model_fn) and all(isinstance(leaf, jax.Array) for leaf in leaves): return model_fn
+    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(model_fn)]
+    if callable(model_fn) and all(is_array): return jax.tree.map(jnp.asarray, model_fn)
     check_function(model_fn, "model_fn")
     return Partial(model_fn)
 

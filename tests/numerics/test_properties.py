@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 
 LOSS_OBJECTS = {loss.name: loss for loss in (mse, cross_entropy, binary_cross_entropy, none)}
-PER_LOSS, PER_KIND = 40, 6
+PER_LOSS, PER_KIND = 40, 4
 
 seeds = st.integers(0, 2**32 - 1)
 with_classes = [(1,), (2,), (4,), (1, 1), (3, 1), (3, 3), (2, 4), (1, 2, 3), (2, 3, 2), (1, 2, 1, 3), (2, 2, 2, 2)]
@@ -92,13 +92,16 @@ def test_product_of_a_custom_loss_on_a_tree():
     def loss(pred, target):
         return jnp.sum(pred["a"] ** 2 * target["w"]) * jnp.sum(pred["b"][0] ** 4) + jnp.prod(pred["a"])
 
+    @jax.jit
+    def by_hessian(jv, pred, target):
+        flat, unravel = ravel_pytree(pred)
+        return unravel(jax.hessian(lambda f: loss(unravel(f), target))(flat) @ ravel_pytree(jv)[0])
+
     def check(n, m, seed):
         rng = np.random.default_rng(seed)
         draw = lambda: {"a": jnp.asarray(rng.standard_normal(n)), "b": (jnp.asarray(rng.standard_normal(m)), None)}
         pred, jv, target = draw(), draw(), {"w": jnp.asarray(rng.standard_normal(n))}
-        flat, unravel = ravel_pytree(pred)
-        H = jax.hessian(lambda f: loss(unravel(f), target))(flat)
-        assert_close(create_loss_hessian_mv(loss)(jv, pred, target), unravel(H @ ravel_pytree(jv)[0]))
+        assert_close(create_loss_hessian_mv(loss)(jv, pred, target), by_hessian(jv, pred, target))
 
     run_cases(10, check, n=st.integers(1, 2), m=st.integers(1, 2), seed=seeds)
 
