@@ -23,7 +23,7 @@ demo: $(VENV)/.installed-demo  ## the quickstart on real data: a report and a pi
 	@$(BIN)/python -m ggn_nb.demo
 
 test: $(DEV)  ## every check: notebooks, exports, README, pytest suite, wheel, site
-	@$(BIN)/pytest -n $(JOBS) --dist loadgroup -ra --durations 10 tests $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist worksteal -ra --durations 10 tests $(ARGS)
 
 docs: $(DEV)  ## build the site into _docs
 	@$(BIN)/python .ci/tools.py docs

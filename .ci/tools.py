@@ -201,6 +201,6 @@ if __name__ == "__main__":
     parser.add_argument("action", choices=["run", "prepare", "docs"])
     parser.add_argument("notebook", nargs="*", help="for run; all of them when none is named")
     parser.add_argument("--flags", default="", help="for run: also run cells with these flags")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     os.chdir(ROOT)
     sys.exit(run(args.notebook, args.flags) if args.action == "run" else globals()[args.action]())

@@ -1,9 +1,11 @@
 """Settings for the whole suite: strict numerics, and notebook cells to run on request."""
 
+import fcntl
 import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
@@ -16,3 +18,21 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_addoption(parser):
     """Add `--flags "slow gpu"`: notebook cells with these flags run too."""
     parser.addoption("--flags", default="", help="also run notebook cells with these flags (slow, gpu)")
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory, worker_id):
+    """A function that fills a folder once, whichever of the parallel workers comes first."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+
+    def make(name, fill):
+        folder = shared / name
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                folder.mkdir()
+                fill(folder)
+        return folder
+
+    return make

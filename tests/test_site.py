@@ -19,30 +19,33 @@ from ggn_nb._modidx import d as index
 from nbdev.doclinks import _nbpath2html
 from tools import DOCS, NBS, ROOT, notebooks
 
-pytestmark = pytest.mark.xdist_group("site")  # one worker builds the site, once
-
 HOME = index["settings"]["doc_host"] + index["settings"]["doc_baseurl"] + "/"
 PAGES = [_nbpath2html(path.relative_to(NBS)).as_posix() for path in notebooks()]
 SOURCE = f"{index['settings']['git_url']}/blob/{index['settings']['branch']}/"
 
 
 @pytest.fixture(scope="module")
-def build() -> subprocess.CompletedProcess:
-    """The run of `make docs`."""
-    shutil.rmtree(DOCS, ignore_errors=True)
-    return subprocess.run([sys.executable, ROOT / ".ci" / "tools.py", "docs"], capture_output=True, text=True)
+def problems(once) -> str:
+    """What `make docs` says when it does not end well."""
+
+    def build(folder: Path) -> None:
+        shutil.rmtree(DOCS, ignore_errors=True)
+        done = subprocess.run([sys.executable, ROOT / ".ci" / "tools.py", "docs"], capture_output=True, text=True)
+        (folder / "problems").write_text(done.stdout + done.stderr if done.returncode else "")
+
+    return (once("site", build) / "problems").read_text()
 
 
 @pytest.fixture(scope="module")
-def site(build) -> dict[str, BeautifulSoup]:
+def site(problems) -> dict[str, BeautifulSoup]:
     """Every page of the site by its path."""
     pages = {p.relative_to(DOCS).as_posix(): BeautifulSoup(p.read_text(), "html.parser") for p in DOCS.rglob("*.html")}
-    assert pages, "the site was not built"
+    assert pages, problems
     return pages
 
 
-def test_site_builds_without_warnings(build):
-    assert build.returncode == 0, build.stdout + build.stderr
+def test_site_builds_without_warnings(problems):
+    assert not problems
 
 
 def test_every_notebook_is_a_page(site):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("wheel")
 NEEDS_AN_EXTRA = {"ggn_nb.demo"}
 
 CHECK = """
@@ -44,13 +43,15 @@ def run(*command, cwd: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
+def wheel(once) -> Path:
     """The wheel, built from the source archive, which is built from the files of the tree."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "ggn_nb"):
-        run("cp", "-r", ROOT / name, tree, cwd=tree)
-    run(sys.executable, "-m", "build", "--outdir", out, tree, cwd=tree)
-    return next(out.glob("*.whl"))
+
+    def build(folder: Path) -> None:
+        for name in ("settings.ini", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "ggn_nb"):
+            run("cp", "-r", ROOT / name, folder, cwd=folder)
+        run(sys.executable, "-m", "build", folder, cwd=folder)
+
+    return next((once("wheel", build) / "dist").glob("*.whl"))
 
 
 def test_wheel_holds_the_package_alone(wheel):
