@@ -69,7 +69,7 @@ def test_two_losses():
         refused(lambda: unbound(loss=loss, loss_hessian_mv=identity), ValueError, ONE)
 
 
-@pytest.mark.parametrize("loss", ["MSE", "hinge", "", 3, 1.5, b"mse", ["mse"], {"mse"}, object(), np.ones(2)], ids=repr)
+@pytest.mark.parametrize("loss", ["MSE", "hinge", "", 3, 1.5, b"mse", ["mse"], {"mse"}, ..., np.ones(2)], ids=repr)
 @pytest.mark.parametrize("make", [create_loss_hessian_mv, lambda l: bound(loss=l), lambda l: unbound(loss=l)], ids=["loss", "bound", "unbound"])
 def test_unknown_loss(loss, make):
     refused(lambda: make(loss), ValueError, "unsupported loss function provided", "loss_fn", re.escape(repr(loss)), "expected", "cross_entropy")
@@ -201,7 +201,7 @@ def test_numbers_are_finite(name, number):
 
 
 @pytest.mark.parametrize("name", ["num_curv_samples", "num_total_samples", "factor"])
-@pytest.mark.parametrize("number", ["3", True, 1j, [2], np.array([3]), jnp.ones(2), {"n": 3}, object()], ids=repr)
+@pytest.mark.parametrize("number", ["3", True, 1j, [2], np.array([3]), jnp.ones(2), {"n": 3}, ...], ids=repr)
 def test_numbers_are_single_real_numbers(name, number):
     make = unbound if name == "factor" else bound
     refused(lambda: make(**{name: number}), TypeError, name, "got", "expected")
@@ -277,7 +277,7 @@ def test_policy_must_be_known():
 
 # --- the losses alone
 
-ANY = pytest.mark.parametrize("loss", ["mse", "cross_entropy", "binary_cross_entropy", "none", lambda f, y: f**2], ids=str)
+ANY = pytest.mark.parametrize("loss", ["mse", "cross_entropy", "binary_cross_entropy", "none", lambda f, y: f**2], ids=["mse", "cross_entropy", "binary_cross_entropy", "none", "custom"])
 OPERANDS = table(
     ("shape", jnp.ones(2), ROW, ValueError, "jv", r"\(2,\)", r"\(3,\)"),
     ("broadcastable", jnp.ones(1), ROW, ValueError, "jv", r"\(1,\)", r"\(3,\)"),
