@@ -13,12 +13,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.tree_util import Partial, register_dataclass
+from jax.tree_util import register_dataclass
 
-from .checks import batch_size, check_data, check_floating, check_function, check_like, check_scalar
-from .loss_hessian import LossFn, create_loss_hessian_mv
-from .losses.loss import Loss, working_dtype
+from .checks import batch_size, check_data, check_floating, check_like, check_scalar, function_as_pytree
+from .loss_hessian import LossFn, LossHessian
+from .losses.custom import HessianOnly, create_loss
+from .losses.loss import Loss, check_reduction, working_dtype
+from .losses.weights import raise_faults
 
 # %% ../nbs/04_ggn.ipynb #70663ae8
 def _forward(model_fn, inputs, vmap_over_data) -> Callable:
@@ -33,23 +34,15 @@ def _worth_storing(primitive, *_, **__) -> bool:
     return primitive.name not in ("broadcast_in_dim", "iota")
 
 # %% ../nbs/04_ggn.ipynb #b097248b
-def _as_pytree(model_fn) -> Callable:
-    "`model_fn` as a pytree: one that carries arrays stays as it is, any other function becomes static"
-    is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(model_fn)]
-    if callable(model_fn) and all(is_array): return jax.tree.map(jnp.asarray, model_fn)
-    check_function(model_fn, "model_fn")
-    return Partial(model_fn)
-
-# %% ../nbs/04_ggn.ipynb #c6b1eebf
-@partial(register_dataclass, data_fields=["model_fn", "params", "factor"], meta_fields=["loss_hessian_mv", "vmap_over_data"])
+@partial(register_dataclass, data_fields=["model_fn", "params", "loss", "factor"], meta_fields=["vmap_over_data"])
 @dataclass(frozen=True, eq=False, repr=False)
 class UnboundGGN:
     "The Gauss-Newton operator of a model without its data: `mv(vec, data)`. Made by `create_ggn_mv_without_data`; a pytree."
 
     model_fn: Callable  # called as model_fn(input=x, params=params)
     params: Any  # pytree of floating-point arrays: where J is taken
-    factor: jax.Array  # scalar
-    loss_hessian_mv: Callable  # (jv, pred=, target=) -> H jv
+    loss: Loss
+    factor: Any  # scalar, or one for each head of the prediction
     vmap_over_data: bool  # True: the model is called once per sample; False: once, with everything
 
     def __call__(self, vec: Any, data: Mapping) -> Any:
@@ -59,27 +52,33 @@ class UnboundGGN:
     def bind(self, data: Mapping) -> "GGN":
         "The operator with its data, its linearisation not cached"
         check_data(data)
-        if self.vmap_over_data: batch_size(data)
-        return GGN(self, {"input": data["input"], "target": data["target"]})
+        if self.vmap_over_data: batch_size(data, ("input", "target", "weight", "mask"))
+        G = GGN(self, {key: data.get(key) for key in ("input", "target", "weight", "mask")})
+        raise_faults(_weigh_up(G)[1])
+        return G
 
-    def hessian_product(self, jv: Any, pred: Any, target: Any) -> Any:
+    def over_data(self, fn: Callable) -> Callable:
+        "`fn` of one call of the loss as a function of the whole batch"
+        return jax.vmap(fn) if self.vmap_over_data else fn
+
+    def hessian_product(self, jv: Any, pred: Any, data: Mapping) -> Any:
         "H jv for the whole batch, if it is shaped like the prediction"
-        mv = jax.vmap(self.loss_hessian_mv) if self.vmap_over_data else self.loss_hessian_mv
-        hjv = mv(jv, pred=pred, target=target)
+        product = lambda jv, pred, data: self.loss.hessian_mv(jv, pred, data["target"], weight=data["weight"], mask=data["mask"])
+        hjv = self.over_data(product)(jv, pred, {key: data[key] for key in ("target", "weight", "mask")})
         check_like(hjv, pred, "loss_hessian_mv's result", "the prediction")
         return hjv
 
     def __repr__(self) -> str:
         return f"UnboundGGN({sum(p.size for p in jax.tree.leaves(self.params)):,} parameters)"
 
-# %% ../nbs/04_ggn.ipynb #107c4d14
+# %% ../nbs/04_ggn.ipynb #c6b1eebf
 @partial(register_dataclass, data_fields=["unbound", "data", "linearization"], meta_fields=[])
 @dataclass(frozen=True, eq=False, repr=False)
 class GGN:
     "The Gauss-Newton operator `G` on its data: `G(vec)`. Made by `create_ggn_mv`; a pytree."
 
     unbound: UnboundGGN  # model, parameters, loss and factor
-    data: dict  # {"input": pytree, "target": pytree}
+    data: dict  # {"input": pytree, "target": pytree, "weight": array or None, "mask": array or None}
     linearization: Any = None  # (pred, v -> J v) with its residuals; None: computed anew for each product
 
     def __call__(self, vec: Any) -> Any:
@@ -101,36 +100,47 @@ def _linearize(op: GGN) -> tuple[Any, Callable]:
     model_fn, params, inputs = jax.lax.optimization_barrier((op.unbound.model_fn, op.unbound.params, op.data["input"]))
     forward = _forward(model_fn, inputs, op.unbound.vmap_over_data)
     pred, jvp = jax.linearize(jax.checkpoint(forward, policy=_worth_storing, prevent_cse=False), params)
-    jax.eval_shape(op.unbound.hessian_product, pred, pred, op.data["target"])  # raises where model and loss do not fit
+    jax.eval_shape(op.unbound.hessian_product, pred, pred, op.data)  # raises where model and loss do not fit
     return pred, jvp
 
 # %% ../nbs/04_ggn.ipynb #2aec1034
 @jax.jit
 def _product(op: GGN, vec: Any) -> Any:
     "factor · Jᵀ H J vec from the operator's linearisation"
-    (pred, jvp), target = jax.lax.optimization_barrier((op.linearization, op.data["target"]))
-    hjv = op.unbound.hessian_product(jvp(vec), pred, target)
+    (pred, jvp), data = jax.lax.optimization_barrier((op.linearization, op.data))
+    hjv = op.unbound.hessian_product(jvp(vec), pred, data)
     return jax.linear_transpose(jvp, vec)(_scaled(hjv, op.unbound.factor))[0]
 
 # %% ../nbs/04_ggn.ipynb #78974af2
 def _scaled(tree, factor) -> Any:
-    "factor · tree, each leaf in its own dtype"
-    def scale(leaf):
+    "factor · tree, each leaf in its own dtype; `factor` is one number, or one for each head"
+    def scale(c, leaf):
         dtype = working_dtype(leaf.dtype)
-        return (leaf.astype(dtype) * factor.astype(dtype)).astype(leaf.dtype)
-    return jax.tree.map(scale, tree)
+        return (leaf.astype(dtype) * c.astype(dtype)).astype(leaf.dtype)
+    return jax.tree.map(lambda c, head: jax.tree.map(partial(scale, c), head), factor, tree)
+
+# %% ../nbs/04_ggn.ipynb #9cec920c
+@jax.jit
+def _weigh_up(op: GGN) -> tuple[Any, dict[str, jax.Array]]:
+    "The sum of the weights that count, one for each head, and what is wrong with the numbers in the data"
+    pred = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), jax.eval_shape(_linearize, op)[0])
+    def look(pred, data):
+        arguments = dict(weight=data["weight"], mask=data["mask"])
+        return (op.unbound.loss.weight_sum(pred, data["target"], **arguments),
+                op.unbound.loss.faults(pred, data["target"], **arguments))
+    return jax.tree.map(jnp.sum, op.unbound.over_data(look)(pred, {k: op.data[k] for k in ("target", "weight", "mask")}))
 
 # %% ../nbs/04_ggn.ipynb #0df90245
-def _hessian_of(loss_fn, loss_hessian_mv) -> Callable:
-    "The one loss Hessian product that was given, by its loss or directly"
+def _one_loss(loss_fn, loss_hessian_mv) -> Loss:
+    "The one loss that was given, as such or by its Hessian product"
     if loss_fn is None and loss_hessian_mv is None:
         raise ValueError("Either loss_fn or loss_hessian_mv must be provided. Got neither: "
                          "loss_fn cannot be None without loss_hessian_mv")
     if loss_fn is not None and loss_hessian_mv is not None:
         raise ValueError(f"Only one of loss_fn or loss_hessian_mv must be provided. Got both: loss_fn={loss_fn!r}")
-    if loss_hessian_mv is None: return create_loss_hessian_mv(loss_fn)
-    check_function(loss_hessian_mv, "loss_hessian_mv")
-    return loss_hessian_mv
+    if loss_hessian_mv is None: return create_loss(loss_fn)
+    if isinstance(loss_hessian_mv, LossHessian): return loss_hessian_mv.loss
+    return HessianOnly(function_as_pytree(loss_hessian_mv, "loss_hessian_mv"))
 
 # %% ../nbs/04_ggn.ipynb #faff63d0
 def create_ggn_mv_without_data(
@@ -144,17 +154,18 @@ def create_ggn_mv_without_data(
 ) -> UnboundGGN:  # mv(vec, data) -> pytree like `params`
     """Create the product `mv(vec, data)` with the Generalized Gauss-Newton matrix, factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec.
 
-    `data` is {"input": pytree, "target": pytree}. With `vmap_over_data` all of its leaves share a leading batch axis; without,
-    it may also be a single datum with no batch axis. The linearisation is computed anew in each call.
+    `data` is {"input": pytree, "target": pytree}, with "weight" and "mask" where wanted. With `vmap_over_data` all leaves share
+    a leading batch axis; without, it may also be a single datum with no batch axis. The linearisation is computed anew in each call.
 
     Raises `ValueError` or `TypeError` by the argument's name: here for the loss, the parameters and the factor; in a call
     for the vector, the data, and a prediction that does not fit the loss.
     """
-    hessian_mv = _hessian_of(loss_fn, loss_hessian_mv)
+    loss = _one_loss(loss_fn, loss_hessian_mv)
     check_floating(params, "params")
     check_scalar(factor, "factor")
     params = jax.tree.map(jnp.asarray, params)
-    return UnboundGGN(_as_pytree(model_fn), params, jnp.asarray(factor, jnp.result_type(float)), hessian_mv, bool(vmap_over_data))
+    factor = jnp.asarray(factor, jnp.result_type(float))
+    return UnboundGGN(function_as_pytree(model_fn, "model_fn"), params, loss, factor, bool(vmap_over_data))
 
 # %% ../nbs/04_ggn.ipynb #42a8a45e
 def _ratio(total, curv) -> float | jax.Array:
@@ -167,16 +178,34 @@ def _ratio(total, curv) -> float | jax.Array:
     return float(total) / float(curv)
 
 # %% ../nbs/04_ggn.ipynb #8e94f760
+def _factor_of(reduction, data, curv, total) -> float | jax.Array:
+    "What multiplies the sum over samples, or their mean"
+    if reduction == "sum":
+        curv = batch_size(data) if curv is None else curv
+        return _ratio(curv if total is None else total, curv)
+    if curv is not None: raise ValueError(f"num_curv_samples: got {curv}, expected None: a mean divides by the sum of the weights")
+    return _ratio(1 if total is None else total, 1)
+
+
+def _mean(G: GGN) -> GGN:
+    "The same operator, divided by the sum of the weights that count"
+    weights = _weigh_up(G)[0]
+    nothing = [s <= 0 for s in jax.tree.leaves(weights)]
+    raise_faults({"weight: got nothing that counts, expected a positive sum for a mean": jnp.any(jnp.stack(nothing))})
+    return replace(G, unbound=replace(G.unbound, factor=jax.tree.map(lambda s: G.unbound.factor.astype(s.dtype) / s, weights)))
+
+# %% ../nbs/04_ggn.ipynb #403f2712
 def create_ggn_mv(
     model_fn: Callable,  # called as `model_fn(input=x, params=params)`; returns an array, or for custom losses any pytree
     params: Any,  # pytree of floating-point arrays, P numbers in all: where the Jacobian is taken
-    data: Mapping,  # {"input": pytree, "target": pytree}, leading axis N
+    data: Mapping,  # {"input": pytree, "target": pytree}, leading axis N; "weight" and "mask" where wanted
     loss_fn: LossFn | str | Loss | Callable | None = None,  # a name, a `Loss`, or loss(pred, target) whose entries are summed
     *,
     num_curv_samples: int | None = None,  # samples that the sum is taken over; by default N
-    num_total_samples: int | None = None,  # samples that it stands for; by default `num_curv_samples`; 1 gives the mean
+    num_total_samples: int | None = None,  # samples that it stands for; by default `num_curv_samples`, for a mean 1
     vmap_over_data: bool = True,  # True: model and loss see one sample, along the leading axis; False: everything at once
     loss_hessian_mv: Callable | None = None,  # instead of `loss_fn`: (jv, pred=, target=) -> H jv
+    reduction: Literal["sum", "mean"] = "sum",  # "mean": divided by the sum of all weights that count, over all positions
     linearize: Literal["cached", "recomputed"] = "cached",  # keep the residuals of the forward pass, or compute them in each call
 ) -> GGN:  # G(vec) -> pytree like `params`
     """Create the product `G(vec)` with the Generalized Gauss-Newton matrix of the data, factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec,
@@ -187,15 +216,12 @@ def create_ggn_mv(
 
     Raises `ValueError` or `TypeError` by the argument's name, before any computation.
     """
-    hessian_mv = _hessian_of(loss_fn, loss_hessian_mv)
+    loss = _one_loss(loss_fn, loss_hessian_mv)
+    check_reduction(reduction)
     if linearize not in ("cached", "recomputed"):
         raise ValueError(f"linearize: got {linearize!r}, expected 'cached' or 'recomputed'")
     check_data(data)
-    curv = batch_size(data) if num_curv_samples is None else num_curv_samples
-    total = curv if num_total_samples is None else num_total_samples
-    G = create_ggn_mv_without_data(
-        model_fn, params, None, _ratio(total, curv), vmap_over_data=vmap_over_data, loss_hessian_mv=hessian_mv
-    ).bind(data)
-    if linearize == "cached": return G.linearized()
-    jax.eval_shape(_linearize, G)  # raises where model, loss and data do not fit; computes nothing
-    return G
+    factor = _factor_of(reduction, data, num_curv_samples, num_total_samples)
+    G = create_ggn_mv_without_data(model_fn, params, loss, factor, vmap_over_data=vmap_over_data).bind(data)
+    if reduction == "mean": G = _mean(G)
+    return G.linearized() if linearize == "cached" else G

@@ -3,19 +3,34 @@
 import functools
 import inspect
 from collections import UserDict
+from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
 import ggn_nb
 import ggn_nb.ggn
 import ggn_nb.loss_hessian
+import ggn_nb.losses.closed_form
+import ggn_nb.losses.custom
 import ggn_nb.losses.loss
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_cases import BUILT_IN, LOSSES, linear
-from ggn_nb import LossFn, create_ggn_mv, create_ggn_mv_without_data, create_loss_hessian_mv
+from ggn_nb import (
+    ClosedFormLoss,
+    CustomLoss,
+    Loss,
+    LossFn,
+    LossHessian,
+    create_ggn_mv,
+    create_ggn_mv_without_data,
+    create_loss,
+    create_loss_hessian_mv,
+)
+from ggn_nb.losses.closed_form import registered_losses
+from ggn_nb.losses.mse import mse
 from ggn_nb.testing import assert_close
 
 W, V, X = (jnp.asarray(np.random.default_rng(k).standard_normal(s)) for k, s in enumerate([(3, 2), (3, 2), (4, 3)]))
@@ -26,7 +41,12 @@ HOMES = {
     "create_ggn_mv_without_data": ggn_nb.ggn,
     "create_loss_hessian_mv": ggn_nb.loss_hessian,
     "LossFn": ggn_nb.loss_hessian,
+    "LossHessian": ggn_nb.loss_hessian,
     "Loss": ggn_nb.losses.loss,
+    "ClosedFormLoss": ggn_nb.losses.closed_form,
+    "register_loss": ggn_nb.losses.closed_form,
+    "CustomLoss": ggn_nb.losses.custom,
+    "create_loss": ggn_nb.losses.custom,
     "GGN": ggn_nb.ggn,
     "UnboundGGN": ggn_nb.ggn,
 }
@@ -56,6 +76,7 @@ def keyword(name, default):
 REST = ("kwargs", "VAR_KEYWORD", inspect.Parameter.empty)
 SIGNATURES = {
     create_loss_hessian_mv: [either("loss_fn"), REST],
+    create_loss: [either("loss_fn"), ("options", "VAR_KEYWORD", inspect.Parameter.empty)],
     create_ggn_mv_without_data: [
         *map(either, ("model_fn", "params", "loss_fn", "factor")),
         keyword("vmap_over_data", True),
@@ -109,6 +130,35 @@ def test_loss_names():
     assert tuple(sorted(LossFn)) == tuple(sorted(BUILT_IN))
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_losses_by_name_and_by_the_function_that_makes_them(name):
+    make = registered_losses()[name]
+    for loss in (create_loss(name), create_loss(LossFn(name)), create_loss(make), make(), create_loss(make())):
+        assert isinstance(loss, ClosedFormLoss)
+        assert isinstance(loss, Loss)
+        assert loss.name == name
+    for _, kind, default in spelled(make):  # options are keywords, and all of them have defaults
+        assert kind == "KEYWORD_ONLY"
+        assert default is not inspect.Parameter.empty
+
+
+def test_every_loss_has_the_methods_of_the_interface():
+    methods = [name for name, member in vars(Loss).items() if inspect.isfunction(member)]
+    assert {"value", "gradient", "hessian_mv", "factor_mv", "factor_transpose_mv", "sample", "total", "weight_sum"} <= set(methods)
+    for kind in (ClosedFormLoss, CustomLoss):
+        assert issubclass(kind, Loss)
+        for name in methods:
+            assert spelled(getattr(kind, name)) == spelled(getattr(Loss, name))
+
+
+def test_kinds_of_losses():
+    loss = lambda f, y: (f - y) ** 2
+    assert isinstance(create_loss(loss), CustomLoss)
+    assert isinstance(create_loss_hessian_mv(loss), LossHessian)
+    assert isinstance(create_loss_hessian_mv("mse").loss, ClosedFormLoss)
+    assert create_loss("cross_entropy", axis=-3, label_smoothing=0.1).axis == -3
+
+
 # --- how the seed's users call a loss Hessian
 
 f, u = jnp.array([0.0, 1.0, -2.0]), jnp.array([1.0, 2.0, 3.0])
@@ -124,7 +174,7 @@ CALLS = {
     "positional": lambda mv: mv(u, f),
     "pred by keyword": lambda mv: mv(u, pred=f),
     "all by keyword": lambda mv: mv(jv=u, pred=f, target=None),
-    "target by position": lambda mv: mv(u, f, f),
+    "target by position": lambda mv: mv(u, f, jnp.asarray(s)),
     "target by keyword": lambda mv: mv(u, pred=f, target=jnp.array(1)),
     "more keywords": lambda mv: mv(u, f, key=3, weights="anything"),
     "numpy": lambda mv: mv(np.asarray(u), np.asarray(f)),
@@ -144,6 +194,16 @@ def test_built_in_hessian_product_by_hand(loss, call):
     assert_close(CALLS[call](create_loss_hessian_mv(loss_fn=loss, anything="else")), jnp.asarray(BY_HAND[loss]))
 
 
+@pytest.mark.parametrize("loss", BUILT_IN)
+def test_only_targets_that_a_product_reads_are_looked_at(loss):
+    mv = create_loss_hessian_mv(loss)
+    if loss != "cross_entropy":  # which looks for ignored labels, and so reads a target where there is one
+        assert_close(mv(u, f, f), jnp.asarray(BY_HAND[loss]))
+    else:
+        with pytest.raises(ValueError, match="target: got values that cross_entropy does not take, expected labels"):
+            mv(u, f, f)
+
+
 @pytest.mark.parametrize("loss", [lambda f, y: jnp.sum((f - y) ** 2), lambda f, y: (f - y) ** 2], ids=["scalar", "array"])
 def test_custom_hessian_product(loss):
     mv = create_loss_hessian_mv(loss)
@@ -153,6 +213,24 @@ def test_custom_hessian_product(loss):
 
 
 # --- how the seed's users call the products
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["curvature"], meta_fields=[])
+@dataclass(frozen=True)
+class OwnLoss(Loss):
+    """A loss that is neither a closed form nor differentiated."""
+
+    curvature: jax.Array
+
+    def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs):
+        return self.curvature * jv
+
+    def weight_sum(self, pred, target=None, *, weight=None, mask=None):
+        return jnp.ones(())
+
+    def faults(self, pred, target=None, *, weight=None, mask=None):
+        return {}
+
 
 G_MSE = 2 * X.T @ (X @ V)
 BOUND = {
@@ -167,7 +245,13 @@ BOUND = {
     "jitted custom": lambda: create_ggn_mv(linear, W, DATA, jax.jit(lambda f, y: jnp.sum(f**2)))(V),
     "whole batch": lambda: create_ggn_mv(linear, W, DATA, "mse", vmap_over_data=False)(V),
     "half of the samples": lambda: 0.5 * create_ggn_mv(linear, W, DATA, "mse", num_curv_samples=4, num_total_samples=8)(V),
-    "a loss object": lambda: create_ggn_mv(linear, W, DATA, ggn_nb.Loss("sq", None, lambda jv, pred, target=None, **kw: 2 * jv, None, None))(V),
+    "a loss object": lambda: create_ggn_mv(linear, W, DATA, mse())(V),
+    "the function that makes it": lambda: create_ggn_mv(linear, W, DATA, mse)(V),
+    "a loss of one's own": lambda: create_ggn_mv(linear, W, DATA, OwnLoss(jnp.asarray(2.0)))(V),
+    "a custom loss object": lambda: create_ggn_mv(linear, W, DATA, CustomLoss(jax.tree_util.Partial(lambda f, y: f**2)))(V),
+    "the product of a loss object": lambda: create_ggn_mv(linear, W, DATA, loss_hessian_mv=LossHessian(mse()))(V),
+    "unit weights": lambda: create_ggn_mv(linear, W, DATA | {"weight": jnp.ones(4), "mask": jnp.ones(4, bool)}, "mse")(V),
+    "a mean over entries": lambda: 8.0 * create_ggn_mv(linear, W, DATA, "mse", reduction="mean")(V),
     "read-only data": lambda: create_ggn_mv(linear, W, MappingProxyType(DATA), "mse")(V),
     "another mapping": lambda: create_ggn_mv(linear, W, UserDict(DATA), "mse")(V),
     "no target": lambda: create_ggn_mv(linear, W, {"input": X, "target": None}, "mse")(V),

@@ -294,7 +294,7 @@ def test_operands_of_a_hessian_product(loss, row):
     refused(lambda: create_loss_hessian_mv(loss)(jv, pred), error, "got", "expected", *parts)
 
 
-@pytest.mark.parametrize("loss", [mse, cross_entropy, binary_cross_entropy], ids=lambda l: l.name)
+@pytest.mark.parametrize("loss", [mse(), cross_entropy(), binary_cross_entropy()], ids=lambda l: l.name)
 def test_operands_of_a_factor(loss):
     for S in (loss.factor_mv, loss.factor_transpose_mv):
         refused(lambda: S(jnp.ones(2), ROW), ValueError, r"got shape \(2,\)", r"expected \(3,\)", "pred")
@@ -302,7 +302,62 @@ def test_operands_of_a_factor(loss):
         refused(lambda: S(np.arange(3), ROW), TypeError, "int64", "expected")
 
 
-@pytest.mark.parametrize("target", [np.zeros(3, int), np.zeros((2, 3), int), 0, np.zeros(2)], ids=repr)
+@pytest.mark.parametrize("target", [np.zeros(3, int), np.zeros((2, 1), int), 0, np.zeros(2)], ids=repr)
 def test_labels_of_the_cross_entropy(target):
-    with pytest.raises((ValueError, TypeError), match=r"target: got .*expected integer labels of shape \(2,\)"):
-        cross_entropy.value(jnp.ones((2, 3)), target)
+    with pytest.raises((ValueError, TypeError), match=r"target: got .*expected integer labels of shape \(2,\), or distributions of shape \(2, 3\)"):
+        cross_entropy().value(jnp.ones((2, 3)), target)
+
+
+# Numbers in a target: known outside of jit, where they are looked at wherever they are read.
+NUMBERS = table(
+    *[(f"label {label}", cross_entropy(), np.array([0, label]), "labels from 0 to C − 1") for label in (3, -1, 99)],
+    ("no distribution", cross_entropy(), np.zeros((2, 3), int), "sum to 1"),
+    ("sum of two", cross_entropy(), np.full((2, 3), 2 / 3), "sum to 1"),
+    ("negative mass", cross_entropy(), np.array([[2.0, -1.0, 0.0], [0.0, 1.0, 0.0]]), "numbers ≥ 0"),
+    *[(f"probability {y}", binary_cross_entropy(pos_weight=2.0), np.full((2, 3), y), r"labels in \[0, 1\]") for y in (1.5, -0.5, np.nan)],
+)
+
+
+@NUMBERS
+def test_numbers_in_the_target_of_a_loss(row):
+    loss, target, *parts = row
+    f = jnp.ones((2, 3))
+    for call in (loss.value, loss.gradient, lambda f, y: loss.hessian_mv(f, f, y), lambda f, y: loss.factor_mv(f, f, y)):
+        with pytest.raises(ValueError, match="target: got values that") as raised:
+            call(f, target)
+        for part in parts:
+            assert re.search(part, str(raised.value))
+
+
+@NUMBERS
+@pytest.mark.parametrize("linearize", POLICIES)
+def test_numbers_in_the_target_of_an_operator(row, linearize):
+    loss, target, *parts = row
+    with pytest.raises(ValueError, match="target: got values that") as raised:
+        create_ggn_mv(linear, jnp.ones((3, 3)), {"input": X[:2], "target": target}, loss, linearize=linearize)
+    for part in parts:
+        assert re.search(part, str(raised.value))
+
+
+@table(
+    ("negative", {"weight": -np.ones(4)}, ValueError, "weight: got a negative or non-finite number"),
+    ("not finite", {"weight": np.full(4, np.nan)}, ValueError, "weight: got a negative or non-finite number"),
+    ("truth values", {"weight": np.ones(4, bool)}, TypeError, "weight: got dtype bool"),
+    ("numbers as a mask", {"mask": np.ones(4)}, TypeError, "mask: got dtype float64"),
+    ("too few", {"weight": np.ones(3)}, ValueError, "different batch sizes"),
+    ("too many axes", {"weight": np.ones((4, 3))}, ValueError, "weight: got shape"),
+    ("another key", {"weights": np.ones(4)}, ValueError, "unknown"),
+)
+def test_weights_and_masks_of_the_data(row):
+    more, error, message = row
+    for run in (lambda: bound(data=DATA | more), lambda: unbound()(W, DATA | more)):
+        with pytest.raises(error, match=message):
+            run()
+
+
+def test_a_mean_needs_something_that_counts():
+    for more in ({"weight": np.zeros(4)}, {"mask": np.zeros(4, bool)}):
+        with pytest.raises(ValueError, match="weight: got nothing that counts"):
+            bound(data=DATA | more, reduction="mean")
+    with pytest.raises(ValueError, match="reduction: got 'max', expected 'sum' or 'mean'"):
+        bound(reduction="max")

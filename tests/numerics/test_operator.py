@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from ggn_cases import POLICIES, batched, dense_of, inner, linear, log_softmax_at, oracle_of, random_like, reference, run_python
 from ggn_nb import create_ggn_mv, create_ggn_mv_without_data
+from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.testing import assert_close, dense_ggn
 from ggn_nb.timing import count_compiles
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
@@ -160,7 +161,7 @@ def test_operator_survives_flattening(linearize):
 
 def test_cached_operators_hold_a_linearisation_and_recomputed_ones_do_not():
     count = {policy: len(jax.tree.leaves(make(linearize=policy))) for policy in POLICIES}
-    assert count["recomputed"] == len(jax.tree.leaves((PARAMS, DATA))) + 1  # and the factor
+    assert count["recomputed"] == len(jax.tree.leaves((PARAMS, DATA, cross_entropy()))) + 1  # and the factor
     assert count["cached"] > count["recomputed"]
     assert len(jax.tree.leaves(make())) == count["cached"]  # the documented default
 
@@ -430,10 +431,27 @@ def test_arguments_are_left_alone():
     assert_close((params, data), (PARAMS, DATA))
 
 
-def test_other_keys_of_the_data_are_not_used():
-    vec = random_like(PARAMS)
-    more = DATA | {"name": "digits", "weights": np.ones(9), "fold": object()}
-    assert_close(make(data=more)(vec), make()(vec))
+def test_other_keys_of_the_data_are_refused():
+    """A mistyped weight would change the result without a word."""
+    for more in ({"weights": np.ones(5)}, {"name": "digits"}, {"fold": object()}):
+        with pytest.raises(ValueError, match=rf"data: got the keys .*expected 'input', 'target' and maybe .*{next(iter(more))}"):
+            make(data=DATA | more)
+
+
+@policies
+def test_weights_and_masks_of_the_samples(linearize):
+    """As if each sample were repeated by its weight, and the masked one were not there, whatever it holds."""
+    weight, mask = np.array([1.0, 2.0, 0.0, 3.0, 1.0]), np.array([True, True, True, True, False])
+    data = {"input": DATA["input"].copy(), "target": DATA["target"].copy()}
+    data["target"][4] = 99
+    rows = np.repeat(np.arange(5), (weight * mask).astype(int))
+    repeated = {key: DATA[key][rows] for key in DATA}
+    vec, given = random_like(PARAMS), data | {"weight": weight, "mask": mask}
+    assert_close(make(data=given, linearize=linearize)(vec), make(data=repeated, num_curv_samples=1, num_total_samples=1)(vec))
+    assert_close(make(data=given, reduction="mean", linearize=linearize)(vec), make(data=repeated, reduction="mean")(vec))
+    data["target"][4] = -100  # an ignored label does as well as a mask
+    ignored = make(data=data | {"weight": weight}, reduction="mean", linearize=linearize)
+    assert_close(ignored(vec), make(data=repeated, reduction="mean")(vec))
 
 
 @policies

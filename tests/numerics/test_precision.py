@@ -88,7 +88,10 @@ def exact_product(model_fn, params, data, vec, loss):
     return unravel(matrix @ flat)
 
 
-@pytest.mark.parametrize("loss", [mse, cross_entropy, binary_cross_entropy], ids=lambda loss: loss.name)
+WITH_OPTIONS = [cross_entropy(label_smoothing=0.1), binary_cross_entropy(class_weight=3)]
+
+
+@pytest.mark.parametrize("loss", [mse(), cross_entropy(), binary_cross_entropy(), *WITH_OPTIONS], ids=repr)
 def test_half_precision_is_rounded_once(loss):
     """Products over 4096 classes are computed in float32: each entry is as near as bfloat16 can be."""
     f, v = to("bfloat16", (normal(11, MANY), 1.0 + normal(12, MANY)))
@@ -106,6 +109,26 @@ def test_many_entries_of_a_custom_loss_in_half_precision():
     got = create_loss_hessian_mv(loss)(v, f)
     assert got.dtype == jnp.bfloat16
     assert_close(to("float64", got), wide, rtol=5e-2)
+
+
+@dtypes
+@pytest.mark.parametrize("weight", [None, np.array([0.5, 3.0])], ids=["", "weight"])
+def test_weights_of_classes_and_samples_keep_the_dtype(dtype, weight):
+    """Options and weights in double precision do not change the dtype of a result."""
+    f, v = to(dtype, (normal(23, 2, 3), normal(24, 2, 3)))
+    labels, probabilities = jnp.array([0, 2]), to(dtype, jnp.abs(jnp.sin(normal(25, 2, 3))))
+    classes = np.array([0.5, 2.0, 3.0])
+    for loss, y in [(cross_entropy(class_weight=classes, label_smoothing=0.2), labels),
+                    (binary_cross_entropy(pos_weight=classes, class_weight=[1, 2, 3]), probabilities)]:
+        for method in ("hessian_mv", "factor_mv", "factor_transpose_mv"):
+            mv = getattr(loss, method)
+            got, wide = mv(v, f, y, weight=weight), mv(*to("float64", (v, f, y)), weight=weight)
+            assert got.dtype == f.dtype
+            assert_close(to("float64", got), wide, rtol=2 * BOUND[dtype])
+        for of in (loss.value, loss.gradient):
+            got, wide = of(f, y, weight=weight), of(*to("float64", (f, y)), weight=weight)
+            assert got.dtype == f.dtype
+            assert_close(to("float64", got), wide, rtol=2 * BOUND[dtype])
 
 
 @dtypes
@@ -163,25 +186,25 @@ def test_cross_entropy_of_extreme_logits(dtype, logits, p):
     f, p = jnp.asarray(logits, dtype), np.asarray(p, float)
     H = np.diag(p) - np.outer(p, p)
     for v in np.concatenate([np.eye(len(p)), np.ones((1, len(p))), [np.arange(len(p)) * 1.0]]):
-        got = cross_entropy.hessian_mv(jnp.asarray(v, dtype), f)
+        got = cross_entropy().hessian_mv(jnp.asarray(v, dtype), f)
         assert_close(got, jnp.asarray(H @ v, dtype), atol=1e-7)
-        again = cross_entropy.factor_mv(cross_entropy.factor_transpose_mv(jnp.asarray(v, dtype), f), f)
+        again = cross_entropy().factor_mv(cross_entropy().factor_transpose_mv(jnp.asarray(v, dtype), f), f)
         assert_close(again, jnp.asarray(H @ v, dtype), atol=1e-7 if dtype in ("float32", "float64") else 5e-3)
 
 
 @dtypes
 def test_binary_cross_entropy_of_extreme_logits(dtype):
     f, v = jnp.asarray([1e4, -1e4, 0.0], dtype), jnp.asarray([1.0, -2.0, 3.0], dtype)
-    for mv in (binary_cross_entropy.hessian_mv, create_loss_hessian_mv("binary_cross_entropy")):
+    for mv in (binary_cross_entropy().hessian_mv, create_loss_hessian_mv("binary_cross_entropy")):
         assert_close(mv(v, f), jnp.asarray([0, 0, 0.75], dtype))
-    for S in (binary_cross_entropy.factor_mv, binary_cross_entropy.factor_transpose_mv):
+    for S in (binary_cross_entropy().factor_mv, binary_cross_entropy().factor_transpose_mv):
         assert_close(jnp.abs(S(v, f)), jnp.asarray([0, 0, 1.5], dtype))
 
 
 @dtypes
 def test_mse_of_extreme_predictions(dtype):
     f, v = jnp.asarray([1e4, -1e4], dtype), jnp.asarray([1.0, -2.0], dtype)
-    assert_close(mse.hessian_mv(v, f), jnp.asarray([2.0, -4.0], dtype))
+    assert_close(mse().hessian_mv(v, f), jnp.asarray([2.0, -4.0], dtype))
 
 
 @pytest.mark.parametrize("gap", [0.5, 10.0, 40.0, 80.0])
@@ -191,9 +214,9 @@ def test_saturated_curvature_keeps_its_relative_accuracy(gap, dtype):
     curvature = 1 / (2 + 2 * np.cosh(gap))
     u, f = jnp.asarray([1.0, -1.0], dtype), jnp.asarray([gap, 0.0], dtype)
     rtol = 1e-10 if dtype == "float64" else 1e-4
-    assert_close(cross_entropy.hessian_mv(u, f), jnp.asarray(2 * curvature * np.array([1.0, -1.0]), dtype), rtol=rtol)
+    assert_close(cross_entropy().hessian_mv(u, f), jnp.asarray(2 * curvature * np.array([1.0, -1.0]), dtype), rtol=rtol)
     for sign in (1.0, -1.0):
-        got = binary_cross_entropy.hessian_mv(u, sign * gap * jnp.ones(2, dtype))
+        got = binary_cross_entropy().hessian_mv(u, sign * gap * jnp.ones(2, dtype))
         assert_close(got, jnp.asarray(curvature * np.array([1.0, -1.0]), dtype), rtol=rtol)
 
 
@@ -212,7 +235,7 @@ def test_operator_at_extreme_logits(dtype, linearize):
 @pytest.mark.parametrize("level", [0.0, 1e4, -1e4])
 def test_a_softmax_over_one_class_has_no_curvature(shape, level):
     f, v = jnp.full(shape, level), normal(22, *shape)
-    for mv in (cross_entropy.hessian_mv, cross_entropy.factor_mv, cross_entropy.factor_transpose_mv):
+    for mv in (cross_entropy().hessian_mv, cross_entropy().factor_mv, cross_entropy().factor_transpose_mv):
         assert_close(mv(v, f), jnp.zeros(shape))
     mv = create_ggn_mv_without_data(lambda input, params: input * params, jnp.ones(shape), "cross_entropy", 1.0)
     got = mv(jnp.ones(shape), {"input": jnp.ones((2, *shape)), "target": None})

@@ -1,0 +1,503 @@
+"""Every loss against an independent reference: shapes, weights, masks, claims, half precision, bad input."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ggn_cases import run_cases
+from ggn_nb import create_ggn_mv, create_loss, multi_head, verify
+from ggn_nb.losses.closed_form import registered_losses
+from ggn_nb.testing import assert_close, dense_from_mv
+from hypothesis import strategies as st
+from jax.scipy import stats
+
+CLASSES = jnp.array([0.5, 2.0, 1.0])
+PRECISION = jnp.array([[2.0, 0.3, 0.0], [0.3, 1.0, -0.2], [0.0, -0.2, 0.5]])
+
+
+def weighted_cross_entropy(f, y, w=jnp.ones(3), smoothing=0.0):
+    """−Σ_c w_c t_c log p_c with a one-hot, smoothed target."""
+    hot = optax.smooth_labels(jax.nn.one_hot(y, f.shape[-1], dtype=f.dtype), smoothing) if y.ndim < f.ndim else y
+    return -jnp.sum(jnp.broadcast_to(w, f.shape) * hot * jax.nn.log_softmax(f), axis=-1)
+
+
+def precise_gaussian(f, y):
+    """−log N(y; f, Λ⁻¹), position by position."""
+    flat = jax.vmap(lambda f, y: -stats.multivariate_normal.logpdf(y, f, jnp.linalg.inv(PRECISION)))
+    return flat(f.reshape(-1, 3), y.reshape(-1, 3)).reshape(f.shape[:-1])
+
+
+def binary(f, y, pos_weight=1.0, class_weight=1.0):
+    """−c (π y log p + (1 − y) log(1 − p))."""
+    c, pi = (jnp.broadcast_to(jnp.asarray(w, f.dtype), f.shape) for w in (class_weight, pos_weight))
+    return -c * (pi * y * jax.nn.log_sigmoid(f) + (1 - y) * jax.nn.log_sigmoid(-f))
+
+
+def negative_binomial(f, y, r=1.5):
+    return -stats.nbinom.logpmf(y, r, r / (r + jnp.exp(f)))
+
+
+def gamma(f, y, a=2.5):
+    return -stats.gamma.logpdf(y, a, scale=jnp.exp(f) / a)
+
+
+real = lambda rng, shape: rng.standard_normal(shape)
+counts = lambda rng, shape: rng.poisson(2.0, shape).astype(float)
+unit = lambda rng, shape: rng.uniform(size=shape)
+positive = lambda rng, shape: rng.gamma(2.0, size=shape)
+labels = lambda rng, shape: rng.integers(0, shape[-1], shape[:-1])
+soft = lambda rng, shape: rng.dirichlet(np.ones(shape[-1]), shape[:-1])
+one_of_two = lambda rng, shape: rng.standard_normal(shape[:-1])
+
+
+class Variant(NamedTuple):
+    name: str
+    options: dict
+    reference: Callable  # (f, y) -> one number for each position
+    target: Callable  # (rng, shape of the prediction) -> targets
+    size: int | None = None  # of the vector of a position; None: each entry is a position
+
+
+VARIANTS = {
+    "mse": Variant("mse", {}, lambda f, y: (f - y) ** 2, real),
+    "cross entropy": Variant("cross_entropy", {}, weighted_cross_entropy, labels, 3),
+    "cross entropy, soft": Variant("cross_entropy", {}, weighted_cross_entropy, soft, 3),
+    "cross entropy, classes": Variant("cross_entropy", {"class_weight": CLASSES}, lambda f, y: weighted_cross_entropy(f, y, CLASSES), labels, 3),
+    "cross entropy, smooth": Variant("cross_entropy", {"label_smoothing": 0.2}, lambda f, y: weighted_cross_entropy(f, y, smoothing=0.2), labels, 3),
+    "cross entropy, both": Variant(
+        "cross_entropy", {"class_weight": CLASSES, "label_smoothing": 0.2}, lambda f, y: weighted_cross_entropy(f, y, CLASSES, 0.2), labels, 3
+    ),
+    "cross entropy, soft classes": Variant("cross_entropy", {"class_weight": CLASSES}, lambda f, y: weighted_cross_entropy(f, y, CLASSES), soft, 3),
+    "binary": Variant("binary_cross_entropy", {}, binary, unit),
+    "binary, positive": Variant("binary_cross_entropy", {"pos_weight": 3.0}, lambda f, y: binary(f, y, 3.0), unit),
+    "binary, labels": Variant(
+        "binary_cross_entropy", {"pos_weight": CLASSES, "class_weight": CLASSES[::-1]}, lambda f, y: binary(f, y, CLASSES, CLASSES[::-1]), unit
+    ),
+    "gaussian": Variant("gaussian", {}, lambda f, y: -stats.norm.logpdf(y, f), real),
+    "gaussian, scale": Variant("gaussian", {"scale": CLASSES}, lambda f, y: -stats.norm.logpdf(y, f, jnp.broadcast_to(CLASSES, f.shape)), real),
+    "gaussian, precision": Variant("gaussian", {"precision": PRECISION}, precise_gaussian, real, 3),
+    "heteroscedastic": Variant(
+        "heteroscedastic_gaussian",
+        {"curvature": "hessian"},
+        lambda f, y: -stats.norm.logpdf(y, f[..., 0], jnp.exp(f[..., 1] / 2)),
+        one_of_two,
+        2,
+    ),
+    "poisson": Variant("poisson", {}, lambda f, y: -stats.poisson.logpmf(y, jnp.exp(f)), counts),
+    "negative binomial": Variant("negative_binomial", {"concentration": 1.5}, negative_binomial, counts),
+    "gamma": Variant("gamma", {"concentration": 2.5}, gamma, positive),
+    "student t": Variant("student_t", {"df": 3.0, "scale": 0.7, "curvature": "hessian"}, lambda f, y: -stats.t.logpdf(y, 3.0, f, 0.7), real),
+    "huber": Variant("huber", {"delta": 0.7}, lambda f, y: optax.huber_loss(f, y, delta=0.7), real),
+    "laplace": Variant("laplace", {"scale": 0.7}, lambda f, y: -stats.laplace.logpdf(y, f, 0.7), real),
+}
+
+
+def draw(variant, lead, seed):
+    """A prediction, a vector and targets with leading axes `lead`."""
+    rng = np.random.default_rng(seed)
+    shape = (*lead, variant.size or 3)
+    f, u = (jnp.asarray(a) for a in rng.standard_normal((2, *shape)))
+    return f, u, jnp.asarray(variant.target(rng, shape)), rng
+
+
+def weights_for(kind, positions, rng):
+    """Weights and masks, and the weight of each position that they mean."""
+    shape = positions[: {"none": 0, "scalar": 0, "sample": 1, "position": len(positions), "mask": 1, "both": len(positions)}[kind]]
+    w = jnp.asarray(rng.uniform(0.1, 2.0, shape) * (rng.uniform(size=shape) > 0.2))
+    m = jnp.asarray(rng.uniform(size=shape) > 0.4)
+    spread = lambda a: jnp.broadcast_to(a.reshape(a.shape + (1,) * (len(positions) - a.ndim)), positions)
+    if kind == "none":
+        return {}, jnp.ones(positions)
+    if kind == "mask":
+        return {"mask": m}, spread(m).astype(float)
+    if kind == "both":
+        return {"weight": w, "mask": m}, spread(w * m.astype(float))
+    return {"weight": w}, spread(w)
+
+
+KINDS = ("none", "scalar", "sample", "position", "mask", "both")
+LEADS = [(2,), (2, 3), (3, 2, 2)]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_against_jax_hessian(name):
+    """Value, gradient, Hessian and factor, 26 cases for each of the variants: 520 in all."""
+    variant = VARIANTS[name]
+    loss = create_loss(variant.name, **variant.options)
+
+    def check(lead, kind, seed):
+        f, u, y, rng = draw(variant, lead, seed)
+        positions = f.shape if variant.size is None else f.shape[:-1]
+        given, w = weights_for(kind, positions, rng)
+        total = lambda f: jnp.sum(w * variant.reference(f, y))
+        assert_close(loss.value(f, y, **given), w * variant.reference(f, y), rtol=1e-10, atol=1e-12)
+        gradient, hu = jax.jvp(jax.grad(total), (f,), (u,))
+        assert_close(loss.gradient(f, y, **given), gradient, rtol=1e-10, atol=1e-12)
+        if loss.is_hessian:
+            assert_close(loss.hessian_mv(u, f, y, **given), hu, rtol=1e-10, atol=1e-12)
+        if name not in INDEFINITE:
+            ssu = loss.factor_mv(loss.factor_transpose_mv(u, f, y, **given), f, y, **given)
+            assert_close(ssu, loss.hessian_mv(u, f, y, **given), rtol=1e-10, atol=1e-12)
+        if float(w.sum()) > 0 and "classes" not in name and "both" not in name:
+            assert_close(loss.total(f, y, reduction="mean", **given), total(f) / w.sum(), rtol=1e-10, atol=1e-12)
+
+    run_cases(26, check, lead=st.sampled_from(LEADS), kind=st.sampled_from(KINDS), seed=st.integers(0, 10**6))
+
+
+INDEFINITE = {"heteroscedastic", "student t"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_full_hessian(name):
+    """The dense matrix of everything at once: a product that mixed positions would be caught."""
+    variant = VARIANTS[name]
+    loss = create_loss(variant.name, **variant.options)
+    f, _, y, _ = draw(variant, (2, 2), 0)
+    if loss.is_hessian:
+        full = jax.hessian(lambda f: jnp.sum(variant.reference(f, y)))(f).reshape(f.size, f.size)
+        assert_close(dense_from_mv(lambda u: loss.hessian_mv(u, f, y), f), full, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"laplace"}))
+def test_verify_passes(name):
+    variant = VARIANTS[name]
+    f, _, y, rng = draw(variant, (2, 3), 1)
+    given, _ = weights_for("both", f.shape if variant.size is None else f.shape[:-1], rng)
+    loss = create_loss(variant.name, **variant.options)
+    verify(loss, f, y, raise_on_failure=True)
+    verify(loss, f, y, **given, raise_on_failure=True)
+
+
+# Fisher information: E[(∂ℓ)²] under the density e^{−ℓ}, by sums and integrals over targets.
+
+REAL, COUNTS = np.linspace(-4000.0, 4000.0, 1_600_001), np.arange(4000.0)
+FISHER = {
+    "mse": ({}, lambda f, y: (f - y) ** 2 + math.log(math.pi) / 2, REAL),
+    "gaussian": ({"scale": 0.7}, lambda f, y: -stats.norm.logpdf(y, f, 0.7), REAL),
+    "binary_cross_entropy": ({}, binary, np.arange(2.0)),
+    "poisson": ({}, lambda f, y: -stats.poisson.logpmf(y, jnp.exp(f)), COUNTS[:200]),
+    "negative_binomial": ({"concentration": 1.5, "curvature": "fisher"}, negative_binomial, COUNTS),
+    "gamma": ({"concentration": 2.5, "curvature": "fisher"}, gamma, np.linspace(1e-9, 100.0, 1_000_001)),
+    "student_t": ({"df": 3.0, "scale": 0.7}, lambda f, y: -stats.t.logpdf(y, 3.0, f, 0.7), REAL),
+    "huber": (
+        {"delta": 0.7, "curvature": "fisher"},
+        lambda f, y: optax.huber_loss(f, y, delta=0.7)
+        + math.log(math.sqrt(2 * math.pi) * math.erf(0.7 / math.sqrt(2)) + 2 * math.exp(-(0.7**2) / 2) / 0.7),
+        REAL,
+    ),
+    "laplace": ({"scale": 0.7}, lambda f, y: -stats.laplace.logpdf(y, f, 0.7), REAL),
+}
+
+
+@pytest.mark.parametrize("name", FISHER)
+@pytest.mark.parametrize("f", [-0.7, 0.4])
+def test_fisher_information(name, f):
+    options, nll, grid = FISHER[name]
+    loss = create_loss(name, **options)
+    assert loss.is_fisher
+    y, at = jnp.asarray(grid), jnp.full(grid.shape, f)
+    score = jax.grad(lambda f: jnp.sum(nll(f, y)))(at)
+    step = 1.0 if grid is COUNTS or grid.size <= 200 else grid[1] - grid[0]
+    density = jnp.exp(-nll(at, y)) * step
+    assert abs(float(jnp.sum(density)) - 1) < 1e-4, "the reference is no density on this grid"
+    mean_square = jnp.sum(density * score**2)
+    assert_close(loss.hessian_mv(jnp.ones(()), jnp.asarray(f)), mean_square, rtol=1e-3)
+    drawn = loss.sample(jax.random.key(0), jnp.full(200_000, f))
+    assert abs(float(jnp.mean(loss.gradient(jnp.full(200_000, f), drawn) ** 2) / mean_square) - 1) < 0.05
+
+
+@pytest.mark.parametrize("name", ["heteroscedastic_gaussian", "cross_entropy"])
+def test_fisher_information_of_vectors(name):
+    loss = create_loss(name)
+    f = jnp.array([0.3, -0.4])
+    if name == "cross_entropy":
+        y, density = jnp.arange(2), jax.nn.softmax(f)
+    else:
+        y = jnp.linspace(-20, 20, 40_001)
+        density = stats.norm.pdf(y, f[0], jnp.exp(f[1] / 2)) * (y[1] - y[0])
+    scores = jax.vmap(lambda y: loss.gradient(f, y))(y)
+    assert loss.is_fisher
+    assert_close(dense_from_mv(lambda u: loss.hessian_mv(u, f), f), jnp.einsum("n,ni,nj->ij", density, scores, scores), rtol=1e-8, atol=1e-10)
+
+
+# The table of losses: each row's expressions are evaluated.
+
+
+def softmax(f):
+    return np.exp(f - f.max()) / np.sum(np.exp(f - f.max()))
+
+
+NAMES = {name: getattr(np, name) for name in ("exp", "log", "sqrt", "abs", "sign", "diag", "outer", "eye", "pi", "where", "clip")}
+NAMES |= {"softmax": softmax, "sigmoid": lambda f: 1 / (1 + np.exp(-f)), "lgamma": np.vectorize(math.lgamma), "cholesky": np.linalg.cholesky}
+
+
+@pytest.mark.parametrize("name", sorted(registered_losses()))
+def test_claims_of_the_table(name):
+    loss = create_loss(name)
+    assert loss.claims is not None, "the table needs a row"
+    variant = next((v for v in VARIANTS.values() if v.name == name), VARIANTS["mse"])
+    names = NAMES | {k: np.asarray(v) for k, v in loss.options.items() if v is not None}
+    for seed in range(5):
+        f, _, y, _ = draw(variant, (), seed)
+        if loss.axis is None:
+            f, y = f[0], y[0] if y.ndim else y
+        local = names | {"f": np.asarray(f), "y": np.asarray(y)}
+        for definition in filter(None, loss.claims.where.split(";")):
+            symbol, _, expression = definition.partition("=")
+            local[symbol.strip()] = eval(expression, {"__builtins__": {}}, local)
+        says = lambda expression: jnp.asarray(np.asarray(eval(expression, {"__builtins__": {}}, local), np.float64))
+        assert_close(loss.value(f, None if loss.target is None else y), says(loss.claims.value), rtol=1e-10, atol=1e-12)
+        dense = lambda mv: dense_from_mv(lambda u: mv(u, f, y), f).reshape(f.shape * 2)
+        for mv, claim in ((loss.hessian_mv, loss.claims.hessian), (loss.factor_mv, loss.claims.factor)):
+            assert_close(dense(mv), jnp.broadcast_to(says(claim), f.shape * 2), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", sorted(registered_losses()))
+def test_cost_of_the_table(name):
+    """The operations of a product grow as the claimed power of the size of a position, or not at all."""
+    loss = create_loss(name)
+    assert loss.claims.cost in ("O(1)", "O(C)")
+    if loss.axis is None or name == "heteroscedastic_gaussian":
+        return
+    flops = lambda c: jax.jit(loss.hessian_mv).lower(jnp.ones((1, c)), jnp.ones((1, c))).compile().cost_analysis()["flops"]
+    assert flops(4096) < 1.2 * 4 * flops(1024)
+
+
+# Half precision and extreme predictions
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(name, dtype):
+    """One rounding of the result: the products compute in float32. The bound is two units in the last place of the largest entry."""
+    variant = VARIANTS[name]
+    loss = create_loss(variant.name, **variant.options)
+    f, u, y, _ = draw(variant, (4, 8), 2)
+    f, u = f.astype(dtype), u.astype(dtype)
+    y = y.astype(jnp.float32) if jnp.issubdtype(y.dtype, jnp.floating) else y
+    wide = (a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a for a in (u, f, y))
+    u_, f_, y_ = wide
+    bound = 2 * float(jnp.finfo(dtype).eps)
+    assert_close(loss.hessian_mv(u, f, y), loss.hessian_mv(u_, f_, y_).astype(dtype), rtol=bound)
+    assert_close(loss.gradient(f, y), loss.gradient(f_, y_).astype(dtype), rtol=bound)
+    if name not in INDEFINITE:
+        assert_close(loss.factor_mv(u, f, y), loss.factor_mv(u_, f_, y_).astype(dtype), rtol=bound)
+
+
+EXPONENTIAL = {"poisson": 80.0, "negative binomial": 1e4, "gamma": 80.0, "heteroscedastic": 80.0}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_extreme_predictions(name, dtype):
+    """Finite at ±10⁴; at ±80 where the loss itself is exponential in the prediction."""
+    variant = VARIANTS[name]
+    loss = create_loss(variant.name, **variant.options)
+    f, u, y, rng = draw(variant, (50,), 3)
+    far = EXPONENTIAL.get(name, 1e4)
+    f = jnp.asarray(rng.choice([-far, 0.0, far], f.shape), dtype)
+    u, y = u.astype(dtype), y.astype(dtype) if jnp.issubdtype(y.dtype, jnp.floating) else y
+    if name == "heteroscedastic":
+        f = f.at[:, 0].set(0)
+    for result in (loss.value(f, y), loss.gradient(f, y), loss.hessian_mv(u, f, y)):
+        assert bool(jnp.all(jnp.isfinite(result)))
+        assert result.dtype == dtype
+
+
+# Weights, masks and ignored labels
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_garbage_that_does_not_count(name):
+    variant = VARIANTS[name]
+    loss = create_loss(variant.name, **variant.options)
+    f, u, y, _ = draw(variant, (4, 2), 4)
+    garbage = jnp.asarray(-77 if jnp.issubdtype(y.dtype, jnp.integer) else jnp.nan, y.dtype)
+    for junk in (jnp.inf, -jnp.inf, jnp.nan):
+        bad = (u.at[1].set(junk), f.at[1].set(junk), y.at[1].set(garbage))
+        for given in ({"mask": jnp.arange(4) != 1}, {"weight": jnp.array([1.0, 0.0, 2.0, 0.5])}):
+            at = lambda mv, args: mv(*args, **given)
+            sound = (u, f, y)
+            zeroed = lambda a: a.at[1].set(0)
+            assert_close(at(loss.hessian_mv, bad), zeroed(at(loss.hessian_mv, sound)))
+            assert_close(at(loss.value, bad[1:]), zeroed(at(loss.value, sound[1:])))
+            assert_close(at(loss.gradient, bad[1:]), zeroed(at(loss.gradient, sound[1:])))
+            by_jax = jax.grad(lambda f: loss.total(f, bad[2], **given))(bad[1])
+            assert_close(by_jax, zeroed(at(loss.gradient, sound[1:])), atol=1e-14)
+            slope = jax.jit(jax.grad(lambda w: loss.total(bad[1], bad[2], weight=w, mask=given.get("mask"))))(jnp.array([1.0, 0.0, 2.0, 0.5]))
+            assert bool(jnp.all(jnp.isfinite(slope)))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gradients_through_weights(name):
+    """d/dw of a total is the value, and of a Hessian product the product: at weight zero too, and mixed with the prediction."""
+    variant = VARIANTS[name]
+    loss = create_loss(variant.name, **variant.options)
+    f, u, y, _ = draw(variant, (3,), 5)
+    w = jnp.array([0.0, 1.0, 2.5])
+    per_sample = lambda a: a.reshape(3, -1).sum(axis=1)
+    assert_close(jax.grad(lambda w: loss.total(f, y, weight=w))(w), per_sample(loss.value(f, y)), atol=1e-13)
+    slope = jax.grad(lambda w: jnp.vdot(u, loss.hessian_mv(u, f, y, weight=w)))(w)
+    assert_close(slope, per_sample(u * loss.hessian_mv(u, f, y)), atol=1e-13)
+    mixed = jax.jacobian(lambda w: jax.grad(lambda f: loss.total(f, y, weight=w))(f))(w)
+    assert_close(jnp.stack([mixed[i, ..., i] for i in range(3)]), loss.gradient(f, y), atol=1e-13)
+    if name not in INDEFINITE:
+        assert bool(jnp.all(jnp.isfinite(jax.grad(lambda w: jnp.vdot(u, loss.factor_mv(u, f, y, weight=w)))(w))))
+
+
+def test_ignored_labels():
+    f, y = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 3))), jnp.array([[0, -100, 2, 1], [-100, -100, 0, 2]])
+    keep = y >= 0
+    for ignore, labels in ((-100, y), (7, jnp.where(keep, y, 7)), (255, jnp.where(keep, y, 255).astype(jnp.uint8))):
+        loss = create_loss("cross_entropy", ignore_index=ignore)
+        plain = optax.softmax_cross_entropy_with_integer_labels(f, jnp.where(keep, y, 0))
+        assert_close(loss.total(f, labels, reduction="mean"), jnp.sum(jnp.where(keep, plain, 0)) / keep.sum().astype(float))
+        assert_close(loss.hessian_mv(f, f, labels), jnp.where(keep[..., None], create_loss("cross_entropy").hessian_mv(f, f), 0))
+    with pytest.raises(ValueError, match="target"):
+        create_loss("cross_entropy", ignore_index=None).value(f, y)
+
+
+def test_mean_with_class_weights():
+    """As PyTorch: Σ w_y ℓ / Σ w_y."""
+    f, y = jnp.asarray(np.random.default_rng(0).standard_normal((6, 3))), jnp.array([0, 1, 2, 2, -100, 1])
+    w = np.where(np.asarray(y) >= 0, np.asarray(CLASSES)[np.asarray(y) % 3], 0)
+    plain = np.array([-jax.nn.log_softmax(f)[i, c] for i, c in enumerate(np.asarray(y) % 3)])
+    expected = np.sum(np.where(w > 0, w * plain, 0)) / w.sum()
+    assert_close(create_loss("cross_entropy", class_weight=CLASSES).total(f, y, reduction="mean"), jnp.asarray(expected))
+
+
+@pytest.mark.parametrize("axis", [-3, 1, -1, 3])
+def test_class_axis(axis):
+    """Segmentation, (B, C, H, W) or (B, H, W, C)."""
+    f = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 3)))
+    last = jnp.moveaxis(f, axis, -1)
+    y = jnp.asarray(np.random.default_rng(1).integers(0, 3, last.shape[:-1]))
+    here, there = create_loss("cross_entropy", axis=axis), create_loss("cross_entropy")
+    for given in ({}, {"weight": jnp.array([1.0, 2.0])}, {"mask": jnp.asarray(np.random.default_rng(2).uniform(size=y.shape) > 0.5)}):
+        assert_close(here.value(f, y, **given), there.value(last, y, **given))
+        for method in ("hessian_mv", "factor_mv", "factor_transpose_mv"):
+            expected = jnp.moveaxis(getattr(there, method)(last, last, y, **given), -1, axis)
+            assert_close(getattr(here, method)(f, f, y, **given), expected)
+    hot = jax.nn.one_hot(y, 3, axis=axis, dtype=f.dtype)
+    assert_close(here.value(f, hot), there.value(last, y))
+    assert here.sample(jax.random.key(0), f).shape == y.shape
+
+
+@pytest.mark.parametrize("policy", ["cached", "recomputed"])
+def test_operator_on_sequences_with_weights(policy):
+    """(B, T, C) with a mask for each position: the product of the sums, however the samples are grouped."""
+    rng = np.random.default_rng(0)
+    x, W = jnp.asarray(rng.standard_normal((4, 5, 2))), jnp.asarray(rng.standard_normal((2, 3)))
+    y, mask = jnp.asarray(rng.integers(0, 3, (4, 5))), jnp.asarray(rng.uniform(size=(4, 5)) > 0.3)
+    w, v = jnp.asarray(rng.uniform(size=(4, 5))), jnp.asarray(rng.standard_normal((2, 3)))
+    model = lambda input, params: jnp.tanh(input @ params)
+    data = {"input": x, "target": jnp.where(mask, y, 99), "weight": w, "mask": mask}
+    flat_f = lambda p: model(x, p).reshape(-1, 3)
+    wm = (w * mask.astype(float)).reshape(-1)
+    nll = lambda f: jnp.sum(wm * optax.softmax_cross_entropy_with_integer_labels(f, y.reshape(-1)))
+    jv = jax.jvp(flat_f, (W,), (v,))[1]
+    hjv = jax.jvp(jax.grad(nll), (flat_f(W),), (jv,))[1]
+    expected = jax.vjp(flat_f, W)[1](hjv)[0]
+    for vmapped in (True, False):
+        G = create_ggn_mv(model, W, data, "cross_entropy", vmap_over_data=vmapped, linearize=policy)
+        assert_close(G(v), expected)
+        mean = create_ggn_mv(model, W, data, "cross_entropy", vmap_over_data=vmapped, linearize=policy, reduction="mean")
+        assert_close(mean(v), expected / wm.sum())
+
+
+def test_mean_does_not_depend_on_grouping():
+    """Sums over ragged chunks, divided once by the sum of all weights, give the mean of the whole."""
+    rng = np.random.default_rng(0)
+    x, W, v = (jnp.asarray(rng.standard_normal(s)) for s in ((7, 2), (2, 3), (2, 3)))
+    data = {"input": x, "target": jnp.array([0, 1, 2, -100, 1, 0, 2]), "weight": jnp.asarray(rng.uniform(size=7))}
+    model = lambda input, params: jnp.tanh(input @ params)
+    whole = create_ggn_mv(model, W, data, "cross_entropy", reduction="mean")(v)
+    for cuts in ((3,), (1, 2, 6), (4, 5)):
+        pieces = [{k: a[s] for k, a in data.items()} for s in map(slice, (0, *cuts), (*cuts, 7))]
+        total = sum(create_ggn_mv(model, W, piece, "cross_entropy")(v) for piece in pieces)
+        counted = sum(create_loss("cross_entropy").weight_sum(model(p["input"], W), p["target"], weight=p["weight"]) for p in pieces)
+        assert_close(total / counted, whole)
+
+
+# Bad input
+
+F, Y = jnp.ones((4, 3)), jnp.array([0, 1, 2, 0])
+CE = lambda **options: create_loss("cross_entropy", **options)
+REFUSED = {
+    "mask of a wrong shape": (lambda: CE().value(F, Y, mask=jnp.ones(3, bool)), ValueError, "mask: got shape"),
+    "mask from the right": (lambda: CE().value(F, Y, mask=jnp.ones((1, 4), bool)), ValueError, "mask: got shape"),
+    "mask of numbers": (lambda: CE().value(F, Y, mask=jnp.ones(4)), TypeError, "mask: got dtype"),
+    "weight of truth values": (lambda: CE().value(F, Y, weight=jnp.ones(4, bool)), TypeError, "weight: got dtype bool"),
+    "weight for classes": (lambda: CE().value(F, Y, weight=jnp.ones((4, 3))), ValueError, "weight: got shape"),
+    "negative weight, whole number": (lambda: CE().hessian_mv(F, F, weight=jnp.array([1, 2, -3, 4])), ValueError, "weight: got a negative"),
+    "negative weight": (lambda: CE().hessian_mv(F, F, weight=-jnp.ones(4)), ValueError, "weight: got a negative"),
+    "infinite weight": (lambda: CE().hessian_mv(F, F, weight=jnp.full(4, jnp.inf)), ValueError, "weight: got a negative or non-finite"),
+    "label too large": (lambda: CE().value(F, Y + 1), ValueError, "target: got values that cross_entropy does not take"),
+    "negative label": (lambda: CE().hessian_mv(F, F, Y - 1), ValueError, "target: got values that cross_entropy does not take"),
+    "float labels": (lambda: CE().value(F, Y.astype(float)), TypeError, "target: got float"),
+    "labels of a wrong shape": (lambda: CE().value(F, Y[:2]), ValueError, "target: got int"),
+    "no distribution": (lambda: CE().value(F, F), ValueError, "target: got values"),
+    "class weights of a wrong shape": (lambda: CE(class_weight=jnp.ones(4)).value(F, Y), ValueError, "class_weight: got shape"),
+    "class weights need a target": (lambda: CE(class_weight=jnp.ones(3)).hessian_mv(F, F), ValueError, "target: got None"),
+    "negative class weights": (lambda: CE(class_weight=-jnp.ones(3)), ValueError, "class_weight: got"),
+    "smoothing": (lambda: CE(label_smoothing=1.5), ValueError, "label_smoothing: got 1.5"),
+    "axis": (lambda: CE(axis=2).value(F, Y), ValueError, "pred: got shape"),
+    "unknown option": (lambda: CE(temperature=2.0), TypeError, "temperature"),
+    "reduction": (lambda: CE().total(F, Y, reduction="average"), ValueError, "reduction: got 'average'"),
+    "binary labels": (lambda: create_loss("binary_cross_entropy").value(F, 2 * F), ValueError, "target: got values"),
+    "pos_weight": (lambda: create_loss("binary_cross_entropy", pos_weight=jnp.ones(2)).value(F, F), ValueError, "pos_weight: got shape"),
+    "counts": (lambda: create_loss("poisson").value(F, -F), ValueError, "target: got values"),
+    "positive": (lambda: create_loss("gamma").value(F, 0 * F), ValueError, "target: got values"),
+    "broadcast": (lambda: create_loss("mse").value(F, jnp.ones((4, 1))), ValueError, "target: got"),
+    "scale": (lambda: create_loss("gaussian", scale=0.0), ValueError, "scale: got 0"),
+    "scale and precision": (lambda: create_loss("gaussian", scale=1.0, precision=jnp.eye(3)), ValueError, "precision"),
+    "precision": (lambda: create_loss("gaussian", precision=-jnp.eye(3)), ValueError, "precision"),
+    "delta": (lambda: create_loss("huber", delta=-1.0), ValueError, "delta: got -1"),
+    "curvature": (lambda: create_loss("huber", curvature="gauss"), ValueError, "curvature: got 'gauss'"),
+    "indefinite": (lambda: create_loss("student_t", curvature="hessian").factor_mv(F, F, F), ValueError, "indefinite"),
+    "heads": (lambda: multi_head({"a": "mse"}).value({"b": F}, {"b": F}), ValueError, "pred: got heads"),
+    "heads of the target": (lambda: multi_head({"a": "mse"}).value({"a": F}, {"b": F}), ValueError, "target: got heads"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    call, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        call()
+
+
+MODEL = lambda input, params: input @ params
+DATA = {"input": jnp.ones((4, 2)), "target": Y}
+REFUSED_BY_THE_OPERATOR = {
+    "label": ({"target": Y + 1}, ValueError, "target: got values"),
+    "float labels": ({"target": Y.astype(float)}, TypeError, "target: got float"),
+    "weight": ({"weight": -jnp.ones(4)}, ValueError, "weight: got a negative"),
+    "weight of a wrong length": ({"weight": jnp.ones(3)}, ValueError, r"data\['weight'\] has 3"),
+    "mask": ({"mask": jnp.ones(4)}, TypeError, "mask: got dtype"),
+    "misspelt": ({"weights": jnp.ones(4)}, ValueError, r"unknown \['weights'\]"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_THE_OPERATOR)
+@pytest.mark.parametrize("policy", ["cached", "recomputed"])
+def test_refused_by_the_operator(case, policy):
+    change, error, message = REFUSED_BY_THE_OPERATOR[case]
+    with pytest.raises(error, match=message):
+        create_ggn_mv(MODEL, jnp.ones((2, 3)), DATA | change, "cross_entropy", linearize=policy)
+
+
+def test_options_are_arguments_of_a_program():
+    """New class weights, weights or masks of the same shape compile nothing, and nothing is baked in."""
+    apply = jax.jit(lambda G, v: G(v))
+    make = lambda s: create_ggn_mv(MODEL, jnp.ones((2, 3)), DATA | {"weight": s * jnp.ones(4)}, CE(class_weight=s * CLASSES))
+    v = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)))
+    once, twice = apply(make(1.0), v), apply(make(2.0), v)
+    assert_close(twice, 4 * once)
+    assert apply._cache_size() == 1
+    assert jax.make_jaxpr(apply)(make(1.0), v).consts == []
