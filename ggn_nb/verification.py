@@ -73,8 +73,8 @@ def _dense(mv, like) -> jax.Array:
     return np.asarray(dense_from_mv(mv, like), np.float64)
 
 
-def _definiteness(H) -> Check:
-    "Is the smallest eigenvalue zero or more, up to rounding?"
+def _definiteness(H) -> float:
+    "The smallest eigenvalue, relative to the largest by size"
     values = np.linalg.eigvalsh((H + H.T) / 2) if np.all(np.isfinite(H)) else np.array([np.nan])
     return values[0] / max(np.max(np.abs(values)), np.finfo(np.float64).tiny)
 
