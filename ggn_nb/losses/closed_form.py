@@ -107,9 +107,10 @@ def along_last(option: jax.Array, shape: tuple[int, ...], name: str) -> jax.Arra
 def as_option(value: Any, name: str, *, positive: bool = True) -> jax.Array | None:
     "`value` as a floating-point array, or None; `ValueError` unless all of it is finite and > 0 (or ≥ 0, where that will do)"
     if value is None: return None
-    dtype = jnp.result_type(value)
-    if jnp.issubdtype(dtype, jnp.complexfloating): raise TypeError(f"{name}: got dtype {dtype}, expected real numbers")
-    value = jnp.asarray(value, dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float))
+    try: value = jnp.asarray(value)
+    except (TypeError, ValueError): raise TypeError(f"{name}: got {value!r}, expected real numbers") from None
+    if jnp.iscomplexobj(value): raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
+    if not jnp.issubdtype(value.dtype, jnp.floating): value = value.astype(jnp.result_type(float))
     bad = ~jnp.isfinite(value) | (value <= 0 if positive else value < 0)
     raise_faults({f"{name}: got {value}, expected finite numbers {'> 0' if positive else '≥ 0'}": bad})
     return value

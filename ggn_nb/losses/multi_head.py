@@ -99,8 +99,9 @@ class MultiHeadLoss(Loss):
 
     def _heads(self, pred, target, weight, mask):
         "Loss, prediction, target, weight and mask of each head"
-        targets = [None] * len(self._losses) if target is None else _by_head(self.losses, target, "target")
-        return zip(self._losses, _by_head(self.losses, pred, "pred"), targets,
+        preds = _by_head(self.losses, pred, "pred")
+        targets = [None] * len(preds) if target is None else _by_head(self.losses, target, "target")
+        return zip(self._losses, preds, targets,
                    _each_head(self.losses, "weight", weight), _each_head(self.losses, "mask", mask), strict=True)
 
     def _map(self, method, scale, pred, target, weight, mask, v=None, name="") -> Any:
