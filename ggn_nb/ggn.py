@@ -51,11 +51,7 @@ class UnboundGGN:
 
     def bind(self, data: Mapping) -> "GGN":
         "The operator with its data, its linearisation not cached"
-        check_data(data)
-        if self.vmap_over_data: batch_size(data, ("input", "target", "weight", "mask"))
-        G = GGN(self, {key: data.get(key) for key in ("input", "target", "weight", "mask")})
-        raise_faults(_weigh_up(G)[1])
-        return G
+        return _bind(self, data)[0]
 
     def over_data(self, fn: Callable) -> Callable:
         "`fn` of one call of the loss as a function of the whole batch"
@@ -130,6 +126,17 @@ def _weigh_up(op: GGN) -> tuple[Any, dict[str, jax.Array]]:
                 op.unbound.loss.faults(pred, data["target"], **arguments))
     return jax.tree.map(jnp.sum, op.unbound.over_data(look)(pred, {k: op.data[k] for k in ("target", "weight", "mask")}))
 
+# %% ../nbs/04_ggn.ipynb #ab526257
+def _bind(unbound: UnboundGGN, data: Mapping) -> tuple[GGN, Any]:
+    "The operator on checked data, and the sum of the weights that count"
+    check_data(data)
+    keys = ("input", "target", "weight", "mask")
+    if unbound.vmap_over_data: batch_size(data, keys)
+    G = GGN(unbound, {key: data.get(key) for key in keys})
+    weights, faults = _weigh_up(G)
+    raise_faults(faults)
+    return G, weights
+
 # %% ../nbs/04_ggn.ipynb #0df90245
 def _one_loss(loss_fn, loss_hessian_mv) -> Loss:
     "The one loss that was given, as such or by its Hessian product"
@@ -187,9 +194,8 @@ def _factor_of(reduction, data, curv, total) -> float | jax.Array:
     return _ratio(1 if total is None else total, 1)
 
 
-def _mean(G: GGN) -> GGN:
+def _mean(G: GGN, weights: Any) -> GGN:
     "The same operator, divided by the sum of the weights that count"
-    weights = _weigh_up(G)[0]
     nothing = [s <= 0 for s in jax.tree.leaves(weights)]
     raise_faults({"weight: got nothing that counts, expected a positive sum for a mean": jnp.any(jnp.stack(nothing))})
     return replace(G, unbound=replace(G.unbound, factor=jax.tree.map(lambda s: G.unbound.factor.astype(s.dtype) / s, weights)))
@@ -222,6 +228,6 @@ def create_ggn_mv(
         raise ValueError(f"linearize: got {linearize!r}, expected 'cached' or 'recomputed'")
     check_data(data)
     factor = _factor_of(reduction, data, num_curv_samples, num_total_samples)
-    G = create_ggn_mv_without_data(model_fn, params, loss, factor, vmap_over_data=vmap_over_data).bind(data)
-    if reduction == "mean": G = _mean(G)
+    G, weights = _bind(create_ggn_mv_without_data(model_fn, params, loss, factor, vmap_over_data=vmap_over_data), data)
+    if reduction == "mean": G = _mean(G, weights)
     return G.linearized() if linearize == "cached" else G

@@ -123,7 +123,7 @@ def check_curvature(curvature: Any) -> str:
 
 # %% ../../nbs/losses/02_closed_form.ipynb #9b5bc321
 class Operands(NamedTuple):
-    "What the formulas are given: in working precision, the class axis last, blank positions erased"
+    "What the formulas are given: in working precision, the class axis last, f and y erased at blank positions"
     f: jax.Array
     y: jax.Array | None
     v: jax.Array | None  # the vector of a product
@@ -176,7 +176,7 @@ def _read(loss, pred, target, weight, mask, use, v=None, name="pred") -> Operand
     blank = blank_positions(w, counted, _all_of(_finite(f, loss.axis), _finite(v, loss.axis), t.valid))
     y = t.values if t.values is None else erase(t.values, blank, jnp.issubdtype(t.values.dtype, jnp.floating))
     faults = weight_faults(weight) | _target_faults(loss, t, w, counted)
-    return Operands(erase(f, blank), y, erase(v, blank), w, blank, _weights_that_count(w, t.weight, counted, f, shape), faults)
+    return Operands(erase(f, blank), y, v, w, blank, _weights_that_count(w, t.weight, counted, f, shape), faults)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #b91008f1
 def _weights_that_count(weight, class_weight, counted, f, shape) -> jax.Array:

@@ -94,7 +94,7 @@ def cross_entropy_gradient(f, y, class_weight=None, label_smoothing=None, ignore
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ec5769c6
 def _centred(u, p):
     "`u` less its entry at the class with p > ½, if there is one: a constant, which H cannot see"
-    return u - jnp.sum(jnp.where(p > 0.5, u, 0), axis=-1, keepdims=True)
+    return u - jnp.sum(jnp.round(p) * u, axis=-1, keepdims=True)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #0d5dacf6
 def cross_entropy_hessian_mv(u, f, y=None, class_weight=None, label_smoothing=None, ignore_index=None) -> jax.Array:

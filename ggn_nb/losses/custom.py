@@ -50,10 +50,10 @@ def _weights(values, weight, mask) -> tuple[jax.Array | None, jax.Array | None]:
     return w, blank_positions(w, counted, None if w is None else jnp.isfinite(values))
 
 
-def _on_positions(fn, tree, per_position) -> Any:
-    "`fn(leaf, per_position)` for each leaf whose leading axes are the positions; other leaves as they are"
-    fits = lambda leaf: leaf.shape[: per_position.ndim] == per_position.shape
-    return tree if per_position is None else jax.tree.map(lambda leaf: fn(leaf, per_position) if fits(leaf) else leaf, tree)
+def _erase_positions(tree, blank) -> Any:
+    "`tree` with zeros at the blank positions, in each leaf whose leading axes are the positions; other leaves as they are"
+    fits = lambda leaf: leaf.shape[: blank.ndim] == blank.shape
+    return tree if blank is None else jax.tree.map(lambda leaf: erase(leaf, blank) if fits(leaf) else leaf, tree)
 
 # %% ../../nbs/losses/03_custom.ipynb #42828e38
 @partial(register_dataclass, data_fields=["loss_fn"], meta_fields=["factor", "factor_transpose", "sampler", "is_hessian", "is_fisher"])
@@ -75,13 +75,13 @@ class CustomLoss(Loss):
     def gradient(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The gradient of the total, by reverse mode; a pytree like `pred`"
         pred, w, blank = self._read(pred, target, weight, mask)
-        return _on_positions(erase, jax.grad(self._sum(target, w, blank))(pred), blank)
+        return _erase_positions(jax.grad(self._sum(target, w, blank))(pred), blank)
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
         "H jv, by forward over reverse mode; a pytree like `pred`"
         pred, w, blank = self._read(pred, target, weight, mask)
-        jv = _on_positions(erase, _vector(jv, pred, "jv"), blank)
-        return _on_positions(erase, jax.jvp(jax.grad(self._sum(target, w, blank)), (pred,), (jv,))[1], blank)
+        jv = _erase_positions(_vector(jv, pred, "jv"), blank)
+        return _erase_positions(jax.jvp(jax.grad(self._sum(target, w, blank)), (pred,), (jv,))[1], blank)
 
     def factor_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
         "S u, a pytree like `pred`; `ValueError` where no factor was given"
@@ -119,7 +119,7 @@ class CustomLoss(Loss):
     def _factor(self, which, v, name, pred, target, weight, mask):
         if (fn := getattr(self, which)) is None: raise ValueError(f"{which}: got None, expected ({name}, pred, target) -> product")
         pred, w, blank = self._read(pred, target, weight, mask)
-        v = _on_positions(erase, _vector(v, pred, name), blank)
+        v = _erase_positions(_vector(v, pred, name), blank)
         return jax.tree.map(lambda leaf: _weigh_factor(leaf, w, blank), fn(v, pred, target))
 
 # %% ../../nbs/losses/03_custom.ipynb #1a4cfb3d
@@ -140,7 +140,7 @@ class HessianOnly(Loss):
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
         "What the product returns, times the weight of the whole call"
-        w = None if weight is None else read_weight(weight, (), jnp.float32)
+        w = None if weight is None else read_weight(weight, (), jnp.result_type(float))
         blank = blank_positions(w, None if mask is None else read_mask(mask, ()), jnp.array(True))
         hjv = self.mv(jv, pred=pred, target=target)
         return jax.tree.map(lambda h: weigh(h, None if w is None else w.astype(h.dtype), blank), hjv)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .closed_form import Claims, ClosedFormLoss, Formulas, Target, check_curvature, register_loss
+from .closed_form import Claims, ClosedFormLoss, Entries, Formulas, Target, check_curvature, register_loss
 
 # %% ../../nbs/losses/14_heteroscedastic_gaussian.ipynb #2634b877
 def _mean_and_log_variance(
@@ -81,11 +81,8 @@ class Scalars:
     domain: str = "finite real numbers"
 
     def __call__(self, target: Any, f: jax.Array, **options) -> Target:
-        y, positions = jnp.asarray(target), _mean_and_log_variance(f)[0].shape
-        if y.shape != positions or jnp.iscomplexobj(y):
-            raise ValueError(f"target: got {y.dtype}{y.shape}, expected {self.domain}, shape {positions}")
-        y = y.astype(f.dtype)
-        return Target(y, jnp.isfinite(y))
+        mean, _ = _mean_and_log_variance(f)
+        return Entries(domain=self.domain)(target, mean)
 
 # %% ../../nbs/losses/14_heteroscedastic_gaussian.ipynb #fbc06e67
 _VALUE, _WHERE = "(s + (y - m)**2*exp(-s) + log(2*pi))/2", "m = f[0]; s = f[1]"

@@ -6,7 +6,6 @@
 __all__ = ['working_dtype', 'check_reduction', 'sum_entries', 'Loss']
 
 # %% ../../nbs/losses/00_loss.ipynb #5169e3d3
-from collections.abc import Callable
 from typing import Any
 
 import jax

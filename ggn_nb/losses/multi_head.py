@@ -6,7 +6,6 @@
 __all__ = ['MultiHeadLoss', 'multi_head']
 
 # %% ../../nbs/losses/30_multi_head.ipynb #e9e6925b
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +23,14 @@ from .weights import root
 _is_loss = lambda x: isinstance(x, Loss)
 
 
+def _heads_of(losses):
+    "The tree of heads, each loss a leaf"
+    return jax.tree.structure(losses, is_leaf=_is_loss)
+
+
 def _by_head(losses, tree, name) -> list:
     "The part of `tree` for each head; `ValueError` where its heads are not those of the losses"
-    treedef = jax.tree.structure(losses, is_leaf=_is_loss)
+    treedef = _heads_of(losses)
     try: return treedef.flatten_up_to(tree)
     except (ValueError, TypeError) as e:
         raise ValueError(f"{name}: got heads {jax.tree.structure(tree)}, expected those of the losses, {treedef}") from e
@@ -34,11 +38,10 @@ def _by_head(losses, tree, name) -> list:
 # %% ../../nbs/losses/30_multi_head.ipynb #2ed4ee59
 def _each_head(losses, name, given) -> list:
     "A weight or mask for each head: one array serves all, a tree with the same heads has one for each"
-    heads = jax.tree.structure(losses, is_leaf=_is_loss).num_leaves
-    if given is None or jax.tree_util.all_leaves([given]): return [given] * heads
-    treedef = jax.tree.structure(losses, is_leaf=_is_loss)
-    empty = jax.tree.structure(given, is_leaf=lambda x: x is None)
-    if empty != treedef: raise ValueError(f"{name}: got heads {empty}, expected one array, or one for each of {treedef}")
+    treedef = _heads_of(losses)
+    if given is None or jax.tree_util.all_leaves([given]): return [given] * treedef.num_leaves
+    heads = jax.tree.structure(given, is_leaf=lambda x: x is None)
+    if heads != treedef: raise ValueError(f"{name}: got heads {heads}, expected one array, or one for each of {treedef}")
     return treedef.flatten_up_to(given)
 
 # %% ../../nbs/losses/30_multi_head.ipynb #a9f0f83d
@@ -95,7 +98,7 @@ class MultiHeadLoss(Loss):
     @property
     def _losses(self) -> list[Loss]: return jax.tree.leaves(self.losses, is_leaf=_is_loss)
 
-    def _tree(self, heads) -> Any: return jax.tree.unflatten(jax.tree.structure(self.losses, is_leaf=_is_loss), heads)
+    def _tree(self, heads) -> Any: return jax.tree.unflatten(_heads_of(self.losses), heads)
 
     def _heads(self, pred, target, weight, mask):
         "Loss, prediction, target, weight and mask of each head"
@@ -122,7 +125,7 @@ def multi_head(
 ) -> MultiHeadLoss:
     "The loss of a prediction with several heads, Σ_k c_k ℓ_k. `ValueError` where heads do not match or a weight is negative"
     losses = jax.tree.map(create_loss, losses, is_leaf=lambda x: _is_loss(x) or x is None or callable(x))
-    if not (heads := jax.tree.structure(losses, is_leaf=_is_loss)).num_leaves: raise ValueError("losses: got no heads, expected at least one")
+    if not (heads := _heads_of(losses)).num_leaves: raise ValueError("losses: got no heads, expected at least one")
     scales = [1.0] * heads.num_leaves if weights is None else _by_head(losses, weights, "weights")
     scales = [as_option(c, "weights", positive=False) for c in scales]
     for c in scales:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .closed_form import Claims, ClosedFormLoss, Entries, along_last, as_option, check_curvature, entrywise, register_loss
-from .poisson import draw_counts
+from .closed_form import Claims, ClosedFormLoss, along_last, as_option, check_curvature, entrywise, register_loss
+from .poisson import COUNTS, draw_counts
 
 # %% ../../nbs/losses/16_negative_binomial.ipynb #f52be19c
 def _log_odds(f, concentration) -> tuple[jax.Array, jax.Array]:
@@ -72,9 +72,6 @@ def negative_binomial_sample(key: jax.Array, f: jax.Array, concentration: jax.Ar
     return draw_counts(count_key, rate)
 
 # %% ../../nbs/losses/16_negative_binomial.ipynb #bd1ec75d
-def _is_count(y): return y >= 0
-
-
 _HESSIAN = entrywise(negative_binomial_value, negative_binomial_gradient, negative_binomial_curvature,
                      deviation=negative_binomial_deviation, sample=negative_binomial_sample)
 _FISHER = entrywise(negative_binomial_value, negative_binomial_gradient, negative_binomial_fisher,
@@ -94,5 +91,5 @@ def negative_binomial(
     exact = curvature == "hessian"
     return ClosedFormLoss(
         "negative_binomial", formulas, {"concentration": as_option(concentration, "concentration")},
-        Entries(_is_count, "counts, or any finite real numbers ≥ 0"), target_use="required" if exact else "unused",
+        COUNTS, target_use="required" if exact else "unused",
         is_hessian=exact, is_fisher=not exact, claims=claims)
