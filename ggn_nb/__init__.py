@@ -2,10 +2,16 @@
 
 from importlib.metadata import version
 
+from ggn_nb.fisher import Fisher as Fisher
+from ggn_nb.fisher import create_fisher_mv as create_fisher_mv
+from ggn_nb.fisher import create_fisher_mv_without_data as create_fisher_mv_without_data
 from ggn_nb.ggn import GGN as GGN
 from ggn_nb.ggn import UnboundGGN as UnboundGGN
 from ggn_nb.ggn import create_ggn_mv as create_ggn_mv
 from ggn_nb.ggn import create_ggn_mv_without_data as create_ggn_mv_without_data
+from ggn_nb.hessian import Hessian as Hessian
+from ggn_nb.hessian import create_hessian_mv as create_hessian_mv
+from ggn_nb.hessian import create_hessian_mv_without_data as create_hessian_mv_without_data
 from ggn_nb.loss_hessian import LossFn as LossFn
 from ggn_nb.loss_hessian import LossHessian as LossHessian
 from ggn_nb.loss_hessian import create_loss_hessian_mv as create_loss_hessian_mv

@@ -76,14 +76,14 @@ def _check_leaf(leaf, want, name, like_name) -> None:
 def check_data(
     data: Any,  # what should be {"input": pytree, "target": pytree}
 ) -> None:
-    "Raise unless `data` is a mapping (`TypeError`) with 'input', 'target' and maybe 'weight' and 'mask' (`ValueError`)"
+    "Raise unless `data` is a mapping (`TypeError`) with 'input', 'target' and maybe 'weight', 'mask' and 'index' (`ValueError`)"
     if not isinstance(data, Mapping):
         raise TypeError(f"data: got {type(data).__name__}, expected a mapping with the keys 'input' and 'target'")
     if missing := [k for k in ("input", "target") if k not in data]:
         raise ValueError(f"data: got the keys {list(data)}, expected 'input' and 'target'; missing {missing} "
                          "(a loss that needs no target takes 'target': None)")
-    if unknown := [k for k in data if k not in ("input", "target", "weight", "mask")]:
-        raise ValueError(f"data: got the keys {list(data)}, expected 'input', 'target' and maybe 'weight' and 'mask'; unknown {unknown}")
+    if unknown := [k for k in data if k not in ("input", "target", "weight", "mask", "index")]:
+        raise ValueError(f"data: got the keys {list(data)}, expected 'input', 'target' and maybe 'weight', 'mask' and 'index'; unknown {unknown}")
 
 # %% ../nbs/02_checks.ipynb #b896f915
 def batch_size(

@@ -247,9 +247,14 @@ class ClosedFormLoss(Loss):
         "The sum of the weights of the positions that count, in float32 or better"
         return jnp.sum(_read(self, pred, target, weight, mask, self.target_use).counting)
 
-    def faults(self, pred, target=None, *, weight=None, mask=None) -> dict[str, jax.Array]:
-        "What is wrong with the numbers in target and weight, as far as H reads them: message -> is it so?"
-        return _read(self, pred, target, weight, mask, self.target_use).faults
+    def faults(self, pred, target=None, *, weight=None, mask=None, reads_target=False) -> dict[str, jax.Array]:
+        "What is wrong with the numbers in weight and, where H needs it or it is to be read anyway, in target: message -> is it so?"
+        return _read(self, pred, target, weight, mask, self._with_target if reads_target else self.target_use).faults
+
+    def counted(self, pred, target=None, *, mask=None) -> jax.Array | None:
+        "For each position: does it count, by the mask and by its target? None: all do"
+        blank = _read(self, pred, target, None, mask, "unused" if target is None else self.target_use).blank
+        return None if blank is None else ~blank
 
     def options_in(self, dtype) -> dict[str, Any]:
         "The options, floating-point ones in `dtype`"

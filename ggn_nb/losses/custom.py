@@ -103,7 +103,7 @@ class CustomLoss(Loss):
         w, blank = _weights(ones, weight, mask)
         return jnp.sum(weigh(ones, w, blank))
 
-    def faults(self, pred, target=None, *, weight=None, mask=None) -> dict[str, jax.Array]:
+    def faults(self, pred, target=None, *, weight=None, mask=None, reads_target=False) -> dict[str, jax.Array]:
         "What is wrong with the numbers in weight; a custom loss judges its targets itself"
         return weight_faults(weight)
 
@@ -150,7 +150,7 @@ class HessianOnly(Loss):
         w = jnp.ones((), working_dtype()) if weight is None else read_weight(weight, (), working_dtype())
         return w if mask is None else jnp.where(read_mask(mask, ()), w, 0)
 
-    def faults(self, pred, target=None, *, weight=None, mask=None) -> dict[str, jax.Array]:
+    def faults(self, pred, target=None, *, weight=None, mask=None, reads_target=False) -> dict[str, jax.Array]:
         "What is wrong with the numbers in weight"
         return weight_faults(weight)
 

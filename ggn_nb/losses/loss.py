@@ -41,6 +41,7 @@ class Loss:
 
     is_hessian: bool = True  # is H the Hessian of `value`?
     is_fisher: bool = False  # is H the mean outer product of the gradient, at targets from `sample`?
+    indexed = False  # do its methods take `index`, the number of each sample, to draw random numbers by?
 
     def value(self, pred, target=None, *, weight=None, mask=None): raise NotImplementedError
     def gradient(self, pred, target=None, *, weight=None, mask=None): raise NotImplementedError
@@ -49,7 +50,11 @@ class Loss:
     def factor_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None): raise NotImplementedError
     def sample(self, key, pred): raise NotImplementedError
     def weight_sum(self, pred, target=None, *, weight=None, mask=None): raise NotImplementedError
-    def faults(self, pred, target=None, *, weight=None, mask=None) -> dict[str, jax.Array]: raise NotImplementedError
+    def faults(self, pred, target=None, *, weight=None, mask=None, reads_target=False) -> dict[str, jax.Array]: raise NotImplementedError
+
+    def counted(self, pred, target=None, *, mask=None):
+        "`mask`, without the positions whose target asks not to count"
+        return mask
 
     def total(self, pred, target=None, *, weight=None, mask=None, reduction="sum") -> jax.Array:
         "The weighted sum over positions, or their weighted mean: one number, in float32 or better"

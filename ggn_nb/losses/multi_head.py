@@ -88,12 +88,17 @@ class MultiHeadLoss(Loss):
         "The sum of weights of each head"
         return self._tree([loss.weight_sum(f, y, weight=w, mask=m) for loss, f, y, w, m in self._heads(pred, target, weight, mask)])
 
-    def faults(self, pred, target=None, *, weight=None, mask=None) -> dict[str, jax.Array]:
+    def faults(self, pred, target=None, *, weight=None, mask=None, reads_target=False) -> dict[str, jax.Array]:
         "What is wrong with the numbers of some head"
         found: dict[str, jax.Array] = {}
         for loss, f, y, w, m in self._heads(pred, target, weight, mask):
-            for message, present in loss.faults(f, y, weight=w, mask=m).items(): found[message] = found.get(message, False) | present
+            here = loss.faults(f, y, weight=w, mask=m, reads_target=reads_target)
+            for message, present in here.items(): found[message] = found.get(message, False) | present
         return found
+
+    def counted(self, pred, target=None, *, mask=None) -> Any:
+        "What counts in each head"
+        return self._tree([loss.counted(f, y, mask=m) for loss, f, y, _, m in self._heads(pred, target, None, mask)])
 
     @property
     def _losses(self) -> list[Loss]: return jax.tree.leaves(self.losses, is_leaf=_is_loss)

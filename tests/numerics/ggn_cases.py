@@ -17,7 +17,7 @@ from ggn_nb.testing import dense_from_mv, dense_ggn
 from hypothesis import HealthCheck, given, settings
 
 BUILT_IN = ("mse", "cross_entropy", "binary_cross_entropy", "none")
-POLICIES = ("cached", "recomputed")
+POLICIES = ("cached", "rematerialized", "recomputed")
 
 
 def log_softmax_at(pred, target):

@@ -8,7 +8,9 @@ from enum import StrEnum
 from types import MappingProxyType
 
 import ggn_nb
+import ggn_nb.fisher
 import ggn_nb.ggn
+import ggn_nb.hessian
 import ggn_nb.loss_hessian
 import ggn_nb.losses.closed_form
 import ggn_nb.losses.custom
@@ -24,8 +26,10 @@ from ggn_nb import (
     Loss,
     LossFn,
     LossHessian,
+    create_fisher_mv,
     create_ggn_mv,
     create_ggn_mv_without_data,
+    create_hessian_mv,
     create_loss,
     create_loss_hessian_mv,
 )
@@ -47,6 +51,12 @@ HOMES = {
     "register_loss": ggn_nb.losses.closed_form,
     "CustomLoss": ggn_nb.losses.custom,
     "create_loss": ggn_nb.losses.custom,
+    "create_hessian_mv": ggn_nb.hessian,
+    "create_hessian_mv_without_data": ggn_nb.hessian,
+    "create_fisher_mv": ggn_nb.fisher,
+    "create_fisher_mv_without_data": ggn_nb.fisher,
+    "Hessian": ggn_nb.hessian,
+    "Fisher": ggn_nb.fisher,
     "GGN": ggn_nb.ggn,
     "UnboundGGN": ggn_nb.ggn,
 }
@@ -103,7 +113,10 @@ def test_signature(fn):
 
 
 def test_policy_keyword_is_documented_by_its_default():
-    assert inspect.signature(create_ggn_mv).parameters["linearize"].default == "cached"
+    for create in (create_ggn_mv, create_hessian_mv, create_fisher_mv):
+        assert inspect.signature(create).parameters["linearize"].default is None
+        assert "cached" in repr(create(linear, W, DATA, "cross_entropy"))
+        assert "recomputed" in repr(create(linear, W, DATA, "cross_entropy", batch_size=2))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -271,8 +271,17 @@ def test_given_hessian_product_that_does_not_fit_the_prediction(row):
 
 
 def test_policy_must_be_known():
-    for policy in ("never", None, True, ["cached"]):
-        refused(lambda: bound(linearize=policy), ValueError, "linearize", re.escape(repr(policy)), "'cached' or 'recomputed'")
+    for policy in ("never", True, ["cached"]):
+        for make in (bound, unbound):
+            refused(lambda: make(linearize=policy), ValueError, "linearize", re.escape(repr(policy)), "'cached', 'rematerialized', 'recomputed'")
+    for policy in ("cached", "rematerialized", jax.checkpoint_policies.dots_saveable):
+        refused(lambda: bound(linearize=policy, batch_size=2), ValueError, "linearize", "expected 'recomputed'", "batch_size=2")
+
+
+@pytest.mark.parametrize("make", [bound, unbound], ids=["bound", "unbound"])
+def test_batch_size_must_be_a_number_of_samples(make):
+    for size, error in ((0, ValueError), (-3, ValueError), (2.0, TypeError), ("2", TypeError), (True, TypeError)):
+        refused(lambda: make(batch_size=size), error, "batch_size", re.escape(repr(size)))
 
 
 # --- the losses alone

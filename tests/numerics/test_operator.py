@@ -217,12 +217,12 @@ def test_unbound_product_compiles_once(loss):
 
 @pytest.mark.parametrize("linearize", POLICIES)
 def test_an_eager_product_is_one_program(linearize):
-    """Nothing runs op by op: a first call compiles one program, or one for each of its two stages."""
+    """Nothing runs op by op: a first call compiles one program."""
     fn, vec = lambda input, params: net(input, params) ** 2, random_like(PARAMS)
     G = make(model_fn=fn, linearize=linearize)
     with count_compiles() as compiled:
         G(vec)
-    assert compiled.count == (1 if linearize == "cached" else 2)
+    assert compiled.count == 1
 
 
 @policies
