@@ -21,6 +21,9 @@ from ggn_nb.losses.custom import CustomLoss as CustomLoss
 from ggn_nb.losses.custom import create_loss as create_loss
 from ggn_nb.losses.loss import Loss as Loss
 from ggn_nb.losses.multi_head import multi_head as multi_head
+from ggn_nb.operator import Operator as Operator
+from ggn_nb.operator import Streamed as Streamed
+from ggn_nb.streams import Stream as Stream
 from ggn_nb.verification import Report as Report
 from ggn_nb.verification import is_psd as is_psd
 from ggn_nb.verification import verify as verify

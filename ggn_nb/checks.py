@@ -78,7 +78,7 @@ def check_data(
 ) -> None:
     "Raise unless `data` is a mapping (`TypeError`) with 'input', 'target' and maybe 'weight', 'mask' and 'index' (`ValueError`)"
     if not isinstance(data, Mapping):
-        raise TypeError(f"data: got {type(data).__name__}, expected a mapping with the keys 'input' and 'target'")
+        raise TypeError(f"data: got {type(data).__name__}, expected a mapping with the keys 'input' and 'target', or a Stream of batches")
     if missing := [k for k in ("input", "target") if k not in data]:
         raise ValueError(f"data: got the keys {list(data)}, expected 'input' and 'target'; missing {missing} "
                          "(a loss that needs no target takes 'target': None)")

@@ -15,6 +15,8 @@ import ggn_nb.loss_hessian
 import ggn_nb.losses.closed_form
 import ggn_nb.losses.custom
 import ggn_nb.losses.loss
+import ggn_nb.operator
+import ggn_nb.streams
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,8 +59,11 @@ HOMES = {
     "create_fisher_mv_without_data": ggn_nb.fisher,
     "Hessian": ggn_nb.hessian,
     "Fisher": ggn_nb.fisher,
+    "Operator": ggn_nb.operator,
+    "Streamed": ggn_nb.operator,
     "GGN": ggn_nb.ggn,
     "UnboundGGN": ggn_nb.ggn,
+    "Stream": ggn_nb.streams,
 }
 
 
