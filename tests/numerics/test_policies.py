@@ -23,10 +23,10 @@ def case(name):
     if name == "mlp":
         model, x, y = mlp(key, (3, 6, 4), activation=jnp.tanh, dtype=jnp.float64), RNG.standard_normal((N, 3)), RNG.integers(0, 4, N)
     elif name == "cnn":
-        model = cnn(key, image=(6, 6, 2), channels=(3, 3), hidden=5, classes=4, dtype=jnp.float64)
-        x, y = RNG.standard_normal((N, 6, 6, 2)), RNG.integers(0, 4, N)
+        model = cnn(key, image_shape=(8, 8, 2), channels=(3, 3), hidden=5, num_classes=4, dtype=jnp.float64)
+        x, y = RNG.standard_normal((N, 8, 8, 2)), RNG.integers(0, 4, N)
     else:
-        model = transformer(key, vocab=7, length=5, width=8, heads=2, depth=2, dtype=jnp.float64)
+        model = transformer(key, num_layers=2, width=8, num_heads=2, vocab_size=7, max_len=5, dtype=jnp.float64)
         x, y = RNG.integers(0, 7, (N, 5)), RNG.integers(0, 7, (N, 5))
         y[2, 3:] = -100
     weight = RNG.uniform(0, 2, N)
