@@ -24,6 +24,7 @@ from ggn_nb.losses.multi_head import multi_head as multi_head
 from ggn_nb.operator import Operator as Operator
 from ggn_nb.operator import Streamed as Streamed
 from ggn_nb.streams import Stream as Stream
+from ggn_nb.subset import select_params as select_params
 from ggn_nb.verification import Report as Report
 from ggn_nb.verification import is_psd as is_psd
 from ggn_nb.verification import verify as verify

@@ -15,6 +15,7 @@ import optax
 from ggn_nb.models import cnn, mlp, transformer
 from ggn_nb.testing import dense_from_mv, dense_ggn
 from hypothesis import HealthCheck, given, settings
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 BUILT_IN = ("mse", "cross_entropy", "binary_cross_entropy", "none")
 POLICIES = ("cached", "rematerialized", "recomputed")
@@ -131,6 +132,34 @@ def random_like(tree, seed=0):
 def inner(a, b):
     """The inner product of two trees."""
     return sum(jnp.vdot(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def subjaxprs(value):
+    """The jaxprs in a parameter of an equation, with the constants that each holds."""
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr, value.consts
+    elif isinstance(value, Jaxpr):
+        yield value, []
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from subjaxprs(each)
+
+
+def baked(jaxpr, consts):
+    """The arrays of more than one entry that a program holds as constants, at any depth."""
+    found = [np.shape(const) for const in consts if np.size(const) > 1]
+    for equation in jaxpr.eqns:
+        found += [np.shape(v.val) for v in equation.invars if isinstance(v, Literal) and np.size(v.val) > 1]
+        for value in equation.params.values():
+            for inner_jaxpr, inner_consts in subjaxprs(value):
+                found += baked(inner_jaxpr, inner_consts)
+    return found
+
+
+def baked_in(fn, *args):
+    """The shapes of the arrays that the program of `fn(*args)` holds as constants."""
+    closed = jax.make_jaxpr(fn)(*args)
+    return baked(closed.jaxpr, closed.consts)
 
 
 def run_cases(number, check, **strategies):

@@ -17,6 +17,7 @@ import ggn_nb.losses.custom
 import ggn_nb.losses.loss
 import ggn_nb.operator
 import ggn_nb.streams
+import ggn_nb.subset
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +65,7 @@ HOMES = {
     "GGN": ggn_nb.ggn,
     "UnboundGGN": ggn_nb.ggn,
     "Stream": ggn_nb.streams,
+    "select_params": ggn_nb.subset,
 }
 
 

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ggn_cases import POLICIES, batched, dense_of, inner, linear, log_softmax_at, oracle_of, random_like, reference, run_python
+from ggn_cases import POLICIES, baked_in, batched, dense_of, inner, linear, log_softmax_at, oracle_of, random_like, reference, run_python
 from ggn_nb import create_ggn_mv, create_ggn_mv_without_data
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.testing import assert_close, dense_ggn
 from ggn_nb.timing import count_compiles
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 RNG = np.random.default_rng(5)
 PARAMS = {"w": RNG.standard_normal((3, 4)), "v": RNG.standard_normal((4, 3))}
@@ -44,33 +43,6 @@ def apply(G, vec):
 def solve(G, b):
     """Damped conjugate gradients."""
     return jax.scipy.sparse.linalg.cg(lambda v: jax.tree.map(lambda g, x: g + x, G(v), v), b, maxiter=3)[0]
-
-
-def subjaxprs(value):
-    """The jaxprs in a parameter of an equation, with the constants that each holds."""
-    if isinstance(value, ClosedJaxpr):
-        yield value.jaxpr, value.consts
-    elif isinstance(value, Jaxpr):
-        yield value, []
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            yield from subjaxprs(each)
-
-
-def baked(jaxpr, consts):
-    """The arrays of more than one entry that a program holds as constants, at any depth."""
-    found = [np.shape(const) for const in consts if np.size(const) > 1]
-    for equation in jaxpr.eqns:
-        found += [np.shape(v.val) for v in equation.invars if isinstance(v, Literal) and np.size(v.val) > 1]
-        for value in equation.params.values():
-            for inner_jaxpr, inner_consts in subjaxprs(value):
-                found += baked(inner_jaxpr, inner_consts)
-    return found
-
-
-def baked_in(fn, *args):
-    closed = jax.make_jaxpr(fn)(*args)
-    return baked(closed.jaxpr, closed.consts)
 
 
 # --- transformations
