@@ -26,7 +26,7 @@ def case(name):
         model = cnn(key, image_shape=(8, 8, 2), channels=(3, 3), hidden=5, num_classes=4, dtype=jnp.float64)
         x, y = RNG.standard_normal((N, 8, 8, 2)), RNG.integers(0, 4, N)
     else:
-        model = transformer(key, num_layers=2, width=8, num_heads=2, vocab_size=7, max_len=5, dtype=jnp.float64)
+        model = transformer(key, num_layers=1, width=8, num_heads=2, vocab_size=7, max_len=5, dtype=jnp.float64)
         x, y = RNG.integers(0, 7, (N, 5)), RNG.integers(0, 7, (N, 5))
         y[2, 3:] = -100
     weight = RNG.uniform(0, 2, N)
@@ -43,7 +43,6 @@ KINDS = {
     "monte carlo": partial(create_fisher_mv, kind="monte_carlo", key=jax.random.key(3), num_samples=2),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-reductions = pytest.mark.parametrize("reduction", ["sum", "mean"])
 
 
 def random_like(params, k=None):
@@ -59,22 +58,22 @@ def in_batches(data, size):
 
 POLICIES = [
     dict(linearize="rematerialized"),
+    dict(batch_size=4),
     dict(linearize="recomputed"),
     dict(linearize=jax.checkpoint_policies.nothing_saveable),
     dict(linearize=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
-    *(dict(batch_size=b) for b in (1, 4, 6, 10, 11, 100)),
+    *(dict(batch_size=b) for b in (1, 10, 11, 100)),
 ]
 
 
-@reductions
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 @pytest.mark.parametrize("name", CASES)
-def test_policies_agree(name, kind, reduction):
+def test_policies_agree(name, kind):
     model_fn, params, data = CASES[name]
-    make = partial(KINDS[kind], model_fn, params, data, "cross_entropy", reduction=reduction)
+    make = partial(KINDS[kind], model_fn, params, data, "cross_entropy", reduction="mean")
     vec = random_like(params)
     want = make()(vec)
-    for options in POLICIES:
+    for options in POLICIES if name == "mlp" else POLICIES[:2]:
         AGREE(make(**options)(vec), want)
 
 
@@ -86,19 +85,18 @@ def test_kinds_agree_in_batches_and_streams(kind):
     for reduction, total in (("sum", None), ("sum", 50), ("mean", None), ("mean", 3)):
         options = dict(reduction=reduction, num_total_samples=total)
         want = make(data, **options)(vec)
-        for size in (4, 5, 11, 20):
-            AGREE(make(data, batch_size=size, **options)(vec), want)
-            AGREE(make(Stream(in_batches(data, size)), **options)(vec), want)
-        AGREE(make(Stream(in_batches(data, 5)), batch_size=2, **options)(vec), want)
+        AGREE(make(data, batch_size=4, **options)(vec), want)
+        AGREE(make(Stream(in_batches(data, 4)), **options)(vec), want)
+    AGREE(make(Stream(in_batches(data, 5)), batch_size=2, **options)(vec), want)
 
 
-@pytest.mark.parametrize("kind", ["ggn", "empirical", "monte carlo"])
+@pytest.mark.parametrize("kind", ["ggn", "monte carlo"])
 def test_batched_models_agree_in_batches_and_streams(kind):
     model_fn, params, data = CASES["transformer"]
     whole = lambda input, params: jax.vmap(lambda x: model_fn(input=x, params=params))(input)
     vec = random_like(params)
     want = KINDS[kind](model_fn, params, data, "cross_entropy")(vec)
-    for options in ({}, {"batch_size": 3}, {"batch_size": 4}):
+    for options in ({}, {"batch_size": 4}):
         AGREE(KINDS[kind](whole, params, data, "cross_entropy", vmap_over_data=False, **options)(vec), want)
     AGREE(KINDS[kind](whole, params, Stream(in_batches(data, 4)), "cross_entropy", vmap_over_data=False)(vec), want)
 
@@ -121,7 +119,7 @@ def test_columns_are_single_products(kind, options):
     A = KINDS[kind](model_fn, params, source, "cross_entropy", **options)
     vecs = random_like(params, 5)
     want = jax.tree.map(lambda *c: jnp.stack(c), *[A(jax.tree.map(lambda v, k=k: v[k], vecs)) for k in range(5)])
-    for size in (None, 1, 2, 5, 9):
+    for size in (None, 1, 2, 9):
         AGREE(A.matmat(vecs, vector_batch_size=size), want)
     if source is data:
         AGREE(jax.jit(lambda A, V: A.matmat(V))(A, vecs), want)
