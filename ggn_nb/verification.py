@@ -18,7 +18,8 @@ from jax.flatten_util import ravel_pytree
 from .checks import check_floating
 from .ggn import GGN, create_ggn_mv_without_data
 from .losses.custom import CustomLoss, create_loss
-from .losses.loss import Loss
+from .losses.loss import Loss, sum_entries
+from .operator import Operator, Streamed
 from .testing import dense_from_mv
 
 # %% ../nbs/10_verification.ipynb #df73a25b
@@ -168,15 +169,17 @@ def _mean_check(loss, whole, first, second, tol) -> Check:
 def _operator_checks(G, key) -> list[Check]:
     "Symmetry, definiteness, the dense matrix, chunks and order"
     params, tol = G.unbound.params, _allowed(G.unbound.params)
+    name, formula, dense = ("G", "JᵀHJ", _dense_operator) if isinstance(G, GGN) else ("H", "∇²L", _dense_hessian)
     if sum(leaf.size for leaf in jax.tree.leaves(params)) <= 512:
         A = _dense(G, params)
-        checks = [Check("G is JᵀHJ, dense", _relative(A, _dense_operator(G)), 10 * tol)]
+        checks = [Check(f"{name} is {formula}, dense", _relative(A, dense(G)), 10 * tol)]
     else:
         V = [jax.tree.map(lambda p: jax.random.normal(k, p.shape, p.dtype), params) for k in jax.random.split(key, 4)]
         flat = lambda tree: np.asarray(ravel_pytree(tree)[0], np.float64)
         A, checks = np.stack([[flat(u) @ flat(G(v)) for v in V] for u in V]), []
-    checks += [Check("G is symmetric", _relative(A, A.T), 10 * tol), Check("G is positive semi-definite", -_definiteness(A), 10 * tol)]
-    return checks + _operator_chunks(G, key, tol)
+    checks += [Check(f"{name} is symmetric", _relative(A, A.T), 10 * tol)]
+    if isinstance(G, GGN): checks += [Check("G is positive semi-definite", -_definiteness(A), 10 * tol)]
+    return checks + _operator_chunks(G, name, key, tol)
 
 # %% ../nbs/10_verification.ipynb #176f79e3
 def _dense_operator(G) -> np.ndarray:
@@ -193,17 +196,28 @@ def _dense_operator(G) -> np.ndarray:
     return J.T @ _dense(scaled, pred) @ J
 
 
-def _operator_chunks(G, key, tol) -> list[Check]:
+def _dense_hessian(H) -> np.ndarray:
+    "factor · ∇²L by differentiating the loss's value"
+    unbound, data = H.unbound, H.data
+    flat, unravel = ravel_pytree(unbound.params)
+    def total(p):
+        values = unbound.of_loss("value", unbound.forward(data["input"])(unravel(p)), data)
+        scaled = jax.tree.map(lambda c, head: c * sum(sum_entries(v).astype(c.dtype) for v in jax.tree.leaves(head)), unbound.factor, values)
+        return sum(jax.tree.leaves(scaled))
+    return np.asarray(jax.hessian(total)(flat), np.float64)
+
+
+def _operator_chunks(G, name, key, tol) -> list[Check]:
     "The product over parts of the data, where there is an axis to cut"
     if not G.unbound.vmap_over_data or (n := jax.tree.leaves(G.data)[0].shape[0]) < 2: return []
     v = jax.tree.map(lambda p: jax.random.normal(key, p.shape, p.dtype), G.unbound.params)
     first, second, reverse = (G.unbound.bind(part)(v) for part in _parts(G.data, n))
-    return [Check("G is the sum over chunks", _relative(jax.tree.map(jnp.add, first, second), G(v)), 10 * tol),
-            Check("G is the same in reverse order", _relative(reverse, G(v)), 10 * tol)]
+    return [Check(f"{name} is the sum over chunks", _relative(jax.tree.map(jnp.add, first, second), G(v)), 10 * tol),
+            Check(f"{name} is the same in reverse order", _relative(reverse, G(v)), 10 * tol)]
 
 # %% ../nbs/10_verification.ipynb #26d00cb6
 def verify(
-    subject: Any,  # an operator of `create_ggn_mv`; or a loss: a name, a `Loss`, a callable loss(pred, target)
+    subject: Any,  # an operator of `create_ggn_mv`, `create_hessian_mv` or `create_fisher_mv`; or a loss: a name, a `Loss`, a callable loss(pred, target)
     pred: Any = None,  # for a loss: where to look, a prediction of up to 2,048 numbers
     target: Any = None,  # by default drawn by the loss's own sampler
     *,
@@ -214,7 +228,8 @@ def verify(
 ) -> Report:
     "Check a loss or an operator against its definition. `ValueError` where there is no prediction or target to check a loss at"
     key = jax.random.key(0) if key is None else key
-    if isinstance(subject, GGN):
+    if isinstance(subject, Streamed): raise TypeError(f"subject: got {subject!r}, expected an operator on data in memory, or a loss")
+    if isinstance(subject, Operator):
         report = Report(repr(subject), tuple(_operator_checks(subject, key)))
     else:
         report = _verify_loss(create_loss(subject), pred, target, weight, mask, key)
