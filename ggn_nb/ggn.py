@@ -33,11 +33,13 @@ class UnboundGGN(Unbound):
     "The Gauss-Newton operator of a model without its data: `mv(vec, data)`. Made by `create_ggn_mv_without_data`; a pytree."
     bound = GGN
 
+    def middle(self, pred: Any, data: dict) -> Any:
+        "H pred, for its checks"
+        return self.hessian_product(pred, pred, data)
+
     def linearization(self, data: dict) -> tuple[Any, Callable]:
         "(pred, v -> J v)"
-        pred, jvp = self.linearize_at_params(self.forward(data["input"]))
-        jax.eval_shape(self.hessian_product, pred, pred, data)  # raises where model and loss do not fit
-        return pred, jvp
+        return self.linearize_at_params(self.forward(data["input"]))
 
     def product(self, linearization: tuple[Any, Callable], data: dict, vec: Any) -> Any:
         "factor · Jᵀ H J vec"

@@ -33,12 +33,16 @@ class UnboundHessian(Unbound):
     bound = Hessian
     reads_target = True
 
+    def middle(self, pred: Any, data: dict) -> Any:
+        "The gradient of the loss"
+        return self.of_loss("gradient", pred, data)
+
     def linearization(self, data: dict) -> Callable:
         "v -> factor · ∇²L v"
         forward = self.forward(data["input"])
         def gradient(params):
             pred, vjp = jax.vjp(forward, params)
-            return vjp(self.scaled(self.of_loss("gradient", pred, data)))[0]
+            return vjp(self.scaled(self.middle(pred, data)))[0]
         return self.linearize_at_params(gradient)[1]
 
     def product(self, linearization: Callable, data: dict, vec: Any) -> Any:

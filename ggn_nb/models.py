@@ -255,7 +255,7 @@ def transformer(
     }, dtype)
 
 # %% ../nbs/11_models.ipynb #7eb43484
-CASES = ("MLP", "CNN", "transformer")
+CASES = ("MLP", "CNN", "transformer", "unrolled transformer")
 
 
 def timing_case(
@@ -265,8 +265,8 @@ def timing_case(
     "A model, its parameters in float32, and data with labels"
     key, k_input, k_target = random.split(random.key(0), 3)
     if name not in CASES: raise ValueError(f"name: got {name!r}, expected one of {CASES}")
-    if name == "transformer":
+    if "transformer" in name:
         tokens = random.randint(k_input, (n or 8, 129), 0, 1024)
-        return *transformer(key), {"input": tokens[:, :-1], "target": tokens[:, 1:]}
+        return *transformer(key, scan=name == "transformer"), {"input": tokens[:, :-1], "target": tokens[:, 1:]}
     model, n, shape = (mlp(key, (784, 1024, 1024, 1024, 10)), n or 512, (784,)) if name == "MLP" else (cnn(key), n or 128, (32, 32, 3))
     return *model, {"input": random.normal(k_input, (n, *shape)), "target": random.randint(k_target, (n,), 0, 10)}

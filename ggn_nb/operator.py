@@ -109,6 +109,7 @@ class Unbound:
     linearize: str | Callable = "recomputed"  # what is kept between products
     reads_target: ClassVar[bool] = False  # does the matrix need the target where the loss's Hessian does not?
 
+    def middle(self, pred: Any, data: dict) -> Any: raise NotImplementedError  # what it takes of the loss, like pred
     def linearization(self, data: dict) -> Any: raise NotImplementedError  # a pytree
     def product(self, linearization: Any, data: dict, vec: Any) -> Any: raise NotImplementedError  # like params
 
@@ -256,8 +257,8 @@ def check_size(value: Any, name: str) -> int | None:
 def _weigh_up(unbound: Unbound, data: dict) -> tuple[Any, dict[str, jax.Array]]:
     "The sum of the weights that count, one for each head, and what is wrong with the numbers in the data"
     def look(data):
-        jax.eval_shape(unbound.linearization, data)  # raises where model and loss do not fit
         shapes = jax.eval_shape(unbound.forward(data["input"]), unbound.params)
+        jax.eval_shape(unbound.middle, shapes, data)  # raises where model and loss do not fit
         pred = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), shapes)
         faults = unbound.of_loss("faults", pred, data, **({"reads_target": True} if unbound.reads_target else {}))
         return jax.tree.map(jnp.sum, (unbound.of_loss("weight_sum", pred, data), faults))
