@@ -244,3 +244,13 @@ def test_chunk_sizes_cover_the_data():
             count, size, rest = chunk_sizes(n, b)
             assert count * size + rest == n
             assert max(size, rest) <= b or count == 1
+
+
+def test_many_vectors_of_a_usual_size():
+    """Large enough for the kernels that a backend keeps for large arrays; jaxlib 0.10.2 fails here (jax#39103)."""
+    key = jax.random.key(0)
+    model_fn, params = mlp(key, (5, 16, 10))
+    data = {"input": jax.random.normal(key, (512, 5)), "target": jax.random.randint(key, (512,), 0, 10)}
+    G = create_ggn_mv(model_fn, params, data, "cross_entropy")
+    vecs = jax.tree.map(lambda p: jax.random.normal(key, (8, *p.shape), p.dtype), params)
+    assert_close(G.matmat(vecs, vector_batch_size=8), G.matmat(vecs, vector_batch_size=1), rtol=1e-4)
