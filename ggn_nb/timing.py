@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['time_once', 'measured_where', 'ratios_by_round', 'Timings', 'compare', 'compile_seconds', 'CompileCount',
-           'count_compiles']
+           'count_compiles', 'collective_bytes']
 
 # %% ../nbs/01_timing.ipynb #37e70425
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from math import prod
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -174,3 +176,28 @@ def count_compiles() -> Iterator[CompileCount]:
         yield compiled
     finally:
         unregister_event_duration_listener(listen)
+
+# %% ../nbs/01_timing.ipynb #c0b7e002
+_COLLECTIVE = re.compile(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-done)?\(")
+_CALLED = re.compile(r"(?:body|condition|calls|to_apply|\w+_computations?)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)")
+
+
+def _bytes_of(shapes: str) -> int:
+    "The size of results, which HLO writes as `f32[2,3]{1,0}` or as a tuple of those"
+    found = re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shapes)
+    return sum(max(int(bits or 8) // 8, 1) * prod(int(d) for d in dims.split(",") if d) for _, bits, dims in found)
+
+# %% ../nbs/01_timing.ipynb #c0b7e003
+def collective_bytes(
+    program: str,  # what `jax.jit(fn).lower(*args).compile().as_text()` returns
+) -> int:  # for each device, the bytes of the results of all collective operations in one run
+    "What a compiled program exchanges between devices."
+    parts = {m["name"]: m["body"].splitlines() for m in re.finditer(r"^(?:ENTRY )?(?P<name>%[\w.\-]+) [^\n]*\{\n(?P<body>.*?)^\}", program, re.M | re.S)}
+    def total(name):
+        return sum(_bytes_of(m[1]) if (m := _COLLECTIVE.search(line)) else called(line) for line in parts[name])
+    def called(line):
+        inner = sum(total(name) for names in _CALLED.findall(line) for name in names.split(", "))
+        if not inner or " while(" not in line: return inner
+        if not (trips := re.search(r'"known_trip_count":\{"n":"(\d+)"', line)): raise ValueError("program: got communication in a loop of unknown length")
+        return inner * int(trips[1])
+    return total(re.search(r"^ENTRY (%[\w.\-]+)", program, re.M)[1])
