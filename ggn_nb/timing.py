@@ -192,12 +192,14 @@ def collective_bytes(
     program: str,  # what `jax.jit(fn).lower(*args).compile().as_text()` returns
 ) -> int:  # for each device, the bytes of the results of all collective operations in one run
     "What a compiled program exchanges between devices."
-    parts = {m["name"]: m["body"].splitlines() for m in re.finditer(r"^(?:ENTRY )?(?P<name>%[\w.\-]+) [^\n]*\{\n(?P<body>.*?)^\}", program, re.M | re.S)}
+    blocks = re.findall(r"^(?:ENTRY )?(%[\w.\-]+) [^\n]*\{\n(.*?)^\}", program, re.M | re.S)
+    parts = {name: body.splitlines() for name, body in blocks}
     def total(name):
         return sum(_bytes_of(m[1]) if (m := _COLLECTIVE.search(line)) else called(line) for line in parts[name])
     def called(line):
         inner = sum(total(name) for names in _CALLED.findall(line) for name in names.split(", "))
         if not inner or " while(" not in line: return inner
-        if not (trips := re.search(r'"known_trip_count":\{"n":"(\d+)"', line)): raise ValueError("program: got communication in a loop of unknown length")
+        if not (trips := re.search(r'"known_trip_count":\{"n":"(\d+)"', line)):
+            raise ValueError("program: got communication in a loop of unknown length, expected a known number of steps")
         return inner * int(trips[1])
     return total(re.search(r"^ENTRY (%[\w.\-]+)", program, re.M)[1])

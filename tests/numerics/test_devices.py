@@ -41,14 +41,16 @@ KINDS = {"ggn": create_ggn_mv, "hessian": create_hessian_mv, "fisher": create_fi
 def agree(got, want): assert_close(jax.device_get(got), jax.device_get(want), rtol=1e-12)
 
 def like(tree, other):
-    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True): assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim), (a.sharding, b.sharding)
 
 def put(tree, mesh, *spec): return jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(*spec))), tree)
 
 def exchanged(A, v): return collective_bytes(jax.jit(lambda A, v: A(v)).lower(A, v).compile().as_text())
 
 size = sum(p.nbytes for p in jax.tree.leaves(params))
-cross_entropy = lambda p, d: -jnp.sum(d["weight"] * jax.vmap(lambda x, y: jax.nn.log_softmax(model_fn(input=x, params=p))[y])(d["input"], d["target"]))
+log_p = lambda x, y, p: jax.nn.log_softmax(model_fn(input=x, params=p))[y]
+cross_entropy = lambda p, d: -jnp.sum(d["weight"] * jax.vmap(log_p, in_axes=(0, 0, None))(d["input"], d["target"], p))
 """
 
 REPLICATED = """
@@ -56,17 +58,18 @@ mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
 spread, there, v, vs = put(data, mesh, "data"), *(put(t, mesh) for t in (params, vec, vecs))
 gradient = collective_bytes(jax.jit(jax.grad(cross_entropy)).lower(there, spread).compile().as_text())
 assert gradient == size
+mean = {"reduction": "mean"}
+OPTIONS = {"ggn": ({}, {"linearize": "rematerialized"} | mean, {"linearize": "recomputed"}, {"batch_size": 8} | mean, {"batch_size": 12}),
+           "hessian": ({}, {"batch_size": 12} | mean), "fisher": (mean,), "monte carlo": ({"batch_size": 8},)}
 for kind, create in KINDS.items():
-    for options in ({}, {"linearize": "rematerialized", "reduction": "mean"}, {"linearize": "recomputed"}, {"batch_size": 8, "reduction": "mean"}, {"batch_size": 12}):
-        if kind != "ggn" and options.get("linearize"): continue
+    for options in OPTIONS[kind]:
         A, want = create(model_fn, there, spread, "cross_entropy", **options), create(model_fn, params, data, "cross_entropy", **options)
         got = A(v)
         agree(got, want(vec))
         like(got, there)
         assert exchanged(A, v) == gradient, (kind, options)
-        if options.get("reduction"): continue
-        for number in (None, 2):
-            got = A.matmat(vs, vector_batch_size=number)
+        if kind == "ggn" and "reduction" not in options:
+            got = A.matmat(vs, vector_batch_size=2)
             agree(got, want.matmat(vecs))
             like(got, vs)
 print("reached the end")
@@ -82,15 +85,16 @@ everywhere = put(data, mesh, "data")
 for axes in ("data", "model", ("data", "model")):
     cut = lambda tree: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(*[None] * (a.ndim - 1), axes))), tree)
     there, v, vs = map(cut, (params, vec, vecs))
+    H = create_hessian_mv(model_fn, there, everywhere, "cross_entropy")
+    agree(got := H(v), product_hessian)
+    like(got, there)
     for options in ({}, {"batch_size": 8}):
-        G, H = (create(model_fn, there, everywhere, "cross_entropy", **options) for create in (create_ggn_mv, create_hessian_mv))
-        agree(G(v), product)
-        like(G(v), there)
-        agree(H(v), product_hessian)
-        like(H(v), there)
-        like(G.matmat(vs), vs)
-        agree(G.matmat(vs), products)
-        like(G.matmat(vs, vector_batch_size=2), vs)
+        G = create_ggn_mv(model_fn, there, everywhere, "cross_entropy", **options)
+        agree(got := G(v), product)
+        like(got, there)
+        if not options:
+            agree(got := G.matmat(vs), products)
+            like(got, vs)
         assert exchanged(G, v) <= (10 if options else 3) * size  # left to the partitioner
 
 # data over both axes; only a part of the data sharded; parameters on one device
@@ -109,7 +113,8 @@ for options in ({}, {"batch_size": 8}):
     like(G(v), there)
 
 # a stream of sharded batches
-G = create_ggn_mv(model_fn, there, Stream(lambda: (put(jax.tree.map(lambda a: a[i : i + 8], data), mesh, "data") for i in range(0, N, 8))), "cross_entropy")
+batches = lambda: (put(jax.tree.map(lambda a: a[i : i + 8], data), mesh, "data") for i in range(0, N, 8))
+G = create_ggn_mv(model_fn, there, Stream(batches), "cross_entropy")
 agree(G(v), product)
 like(G(v), there)
 agree(G.matmat(vs), products)
@@ -141,18 +146,20 @@ spread = jax.tree.map(lambda a: jax.make_array_from_process_local_data(NamedShar
 assert not spread["input"].is_fully_addressable
 there, v, vs = (put(t, mesh) for t in (params, vec, vecs))
 for options in ({}, {"batch_size": 12, "reduction": "mean"}):
-    G, want = create_ggn_mv(model_fn, there, spread, "cross_entropy", **options), create_ggn_mv(model_fn, params, data, "cross_entropy", **options)
+    G, want = (create_ggn_mv(model_fn, *at, "cross_entropy", **options) for at in ((there, spread), (params, data)))
     agree(G(v), want(vec))
     like(G(v), there)
     agree(G.matmat(vs, vector_batch_size=2), want.matmat(vecs))
 for kind in ("hessian", "monte carlo"):
-    A, want = KINDS[kind](model_fn, there, spread, "cross_entropy", batch_size=12), KINDS[kind](model_fn, params, data, "cross_entropy")
+    A, want = (KINDS[kind](model_fn, *at, "cross_entropy", batch_size=12) for at in ((there, spread), (params, data)))
     agree(A(v), want(vec))
 cut = lambda tree: jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P(*[None] * (a.ndim - 1), "data"))), tree)
 product = create_ggn_mv(model_fn, cut(params), spread, "cross_entropy")(cut(vec))
 like(product, cut(params))
 agree(jax.jit(lambda t: t, out_shardings=NamedSharding(mesh, P()))(product), create_ggn_mv(model_fn, params, data, "cross_entropy")(vec))
-for wrong, word in (({"weight": -spread["weight"]}, "weight: got a negative"), ({"target": spread["target"] + 8}, "target"), ({"weight": 0 * spread["weight"]}, "weight: got nothing")):
+weight, target = spread["weight"], spread["target"]
+refused = (({"weight": -weight}, "weight: got a negative"), ({"target": target + 8}, "target"), ({"weight": 0 * weight}, "weight: got nothing"))
+for wrong, word in refused:
     try: create_ggn_mv(model_fn, there, spread | wrong, "cross_entropy", reduction="mean")
     except ValueError as error: assert word in str(error), error
     else: raise AssertionError(word)
