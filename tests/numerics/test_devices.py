@@ -180,7 +180,7 @@ def finish(processes):
     """Wait until all have reached the end; none is left behind."""
     try:
         for process in processes:
-            output = process.communicate(timeout=120)[0]
+            output = process.communicate(timeout=400)[0]
             assert process.returncode == 0 and "reached the end" in output, output
     finally:
         for process in processes:
