@@ -96,7 +96,7 @@ def test_sources(source, prefetch):
     same_as_arrays(Stream(SOURCES[source](), prefetch=prefetch))
 
 
-@pytest.mark.parametrize("once", [iter([]), (b for b in batches()), zip(X, Y, strict=True), map(len, []), enumerate([])], ids=str)
+@pytest.mark.parametrize("once", [iter([]), (b for b in batches()), zip(X, Y, strict=True), map(len, []), enumerate([])], ids=lambda once: type(once).__name__)
 def test_what_is_read_once_is_refused(once):
     with pytest.raises(TypeError, match="can be read only once, expected .* or a function without arguments that makes it"):
         Stream(once)
