@@ -143,7 +143,7 @@ def _axes(entries) -> tuple[str, ...]:
     return tuple(axis for e in entries if isinstance(e, str | tuple) for axis in ((e,) if isinstance(e, str) else e))
 
 
-def layout_of(unbound: "Unbound", data: Any = None) -> Layout:
+def layout_of(unbound: Any, data: Any = None) -> Layout:
     "Where the parameters are, and the axes of the mesh along which each device can take the data's samples by itself"
     params = tuple(map(_sharding, jax.tree.leaves(unbound.params)))
     taken = {axis for leaf in jax.tree.leaves(unbound) if (s := _sharding(leaf)) for axis in _axes(s.spec)}
