@@ -293,10 +293,9 @@ def _products(op: Operator, vecs: Any) -> Any:
 
 def _matmat(op, vecs, vector_batch_size) -> Any:
     k = _count_vectors(vecs, op.unbound.params)
-    keeps = op.linearization is not None
-    if not keeps and op.unbound.batch_size is None: op, keeps = op.linearized(), True
+    if op.linearization is None and op.unbound.batch_size is None: op = op.linearized()
     on_cpu = jax.default_backend() == "cpu" and not isinstance(jax.tree.leaves(vecs)[0], jax.core.Tracer)
-    size = check_size(vector_batch_size, "vector_batch_size") or (1 if keeps and on_cpu else k)
+    size = check_size(vector_batch_size, "vector_batch_size") or (1 if on_cpu else k)
     if size == 1: return _stack([_product(op, jax.tree.map(lambda v, i=i: v[i], vecs)) for i in range(k)])
     return _in_groups(partial(_products, op), vecs, op.unbound.params, size)
 
@@ -378,6 +377,11 @@ def _batch_products(batch: Batch, unbound: Unbound, vecs: Any) -> Any:
     return unbound.layout.place(jax.vmap(partial(_from_scratch, unbound, _of_batch(unbound, batch)))(vecs), lead=1)
 
 
+def _each_batch_product(batch: Batch, unbound: Unbound, vecs: Any) -> Any:
+    k = jax.tree.leaves(vecs)[0].shape[0]
+    return _stack([_batch_product(batch, unbound, jax.tree.map(lambda v, i=i: v[i], vecs)) for i in range(k)])
+
+
 @jax.jit
 def _weigh_up_batch(batch: Batch, unbound: Unbound) -> tuple[Any, dict[str, jax.Array], jax.Array]:
     return *_weigh_up(unbound, _of_batch(unbound, batch)), jnp.sum(batch.counted)
@@ -398,7 +402,8 @@ class Streamed:
 
     def matmat(self, vecs: Any, *, vector_batch_size: int | None = None) -> Any:
         "A times K vectors, a pytree like the parameters with one more axis in front, in one pass or one for each group of vectors"
-        return _in_groups(partial(sum_over, self.data, _batch_products, self.unbound), vecs, self.unbound.params, vector_batch_size)
+        products = _each_batch_product if vector_batch_size is None and jax.default_backend() == "cpu" else _batch_products
+        return _in_groups(partial(sum_over, self.data, products, self.unbound), vecs, self.unbound.params, vector_batch_size)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.unbound!r}, {self.samples:,} samples in {self.data!r})"
