@@ -40,23 +40,27 @@ def _each(fn, whole) -> Callable:
     return jax.vmap(lambda *args: jax.tree.map(lambda a: a[0], fn(*alone(args))))
 
 # %% ../nbs/08_fisher.ipynb #ba9ecf4c
+class _Scores(Loss):
+    "What outer products of scores take from their loss"
+    is_hessian = False
+
+    def weight_sum(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
+        "That of the loss"
+        return self.loss.weight_sum(pred, target, weight=weight, mask=mask)
+
+
 @partial(register_dataclass, data_fields=["loss"], meta_fields=["whole"])
 @dataclass(frozen=True, eq=False)
-class ScoreProducts(Loss):
+class ScoreProducts(_Scores):
     "The outer product of each sample's score at its target, in the place of a Hessian"
     loss: Loss
     whole: bool  # is it called with the whole batch? Then a sample is an entry of the leading axis
-    is_hessian = False
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
         "w g gᵀ jv; a pytree like `pred`"
         def one(jv, pred, target, weight, mask):
             return _outer(self.loss.gradient(pred, target, weight=jax.tree.map(root, weight), mask=mask), jv)
         return _each(one, self.whole)(jv, pred, target, weight, mask)
-
-    def weight_sum(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
-        "That of the loss"
-        return self.loss.weight_sum(pred, target, weight=weight, mask=mask)
 
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict[str, jax.Array]:
         "Those of the loss and its gradient"
@@ -65,13 +69,12 @@ class ScoreProducts(Loss):
 # %% ../nbs/08_fisher.ipynb #ffe99802
 @partial(register_dataclass, data_fields=["loss", "key"], meta_fields=["whole", "num_samples"])
 @dataclass(frozen=True, eq=False)
-class SampledScoreProducts(Loss):
+class SampledScoreProducts(_Scores):
     "The mean outer product of each sample's score at targets drawn from the model"
     loss: Loss
     key: jax.Array
     whole: bool  # is it called with the whole batch? Then a sample is an entry of the leading axis
     num_samples: int  # targets drawn for each sample
-    is_hessian = False
     indexed = True
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, index, **kwargs) -> Any:
@@ -83,10 +86,6 @@ class SampledScoreProducts(Loss):
             products = jax.vmap(lambda key: _outer(score(key), jv))(keys)
             return jax.tree.map(lambda p: jnp.mean(p, axis=0), products)
         return _each(one, self.whole)(jv, pred, target, weight, mask, index)
-
-    def weight_sum(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
-        "That of the loss"
-        return self.loss.weight_sum(pred, target, weight=weight, mask=mask)
 
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict[str, jax.Array]:
         "Those of the loss"

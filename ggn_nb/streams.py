@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .checks import batch_size, check_data, check_function, check_like
+from .checks import DATA_KEYS, batch_size, check_data, check_function, check_like
 from .losses.loss import working_dtype
 
 # %% ../nbs/04_streams.ipynb #e9f17dd5
@@ -38,9 +38,6 @@ class Batch(NamedTuple):
     start: int  # how many samples of the stream come before it
 
 # %% ../nbs/04_streams.ipynb #eefd604f
-_KEYS = ("input", "target", "weight", "mask", "index")
-
-
 def read_batch(
     batch: Any,  # a mapping, or a pair (input, target)
 ) -> dict:  # with the keys "input", "target", and maybe "weight" and "mask"
@@ -50,7 +47,7 @@ def read_batch(
             raise ValueError(f"data: got a {type(batch).__name__} of length {len(batch)}, expected a pair (input, target) or a mapping")
         batch = dict(zip(("input", "target"), batch))
     check_data(batch)
-    return {key: batch[key] for key in _KEYS if key in batch}
+    return {key: batch[key] for key in DATA_KEYS if key in batch}
 
 # %% ../nbs/04_streams.ipynb #25f676d1
 def host_array(
@@ -88,7 +85,7 @@ def read_arrays(
         _check_dtype(leaf.dtype, name, "an array of JAX")
         return leaf
     data = jax.tree_util.tree_map_with_path(read, read_batch(batch), is_leaf=_is_column)
-    return data, batch_size(data, _KEYS)
+    return data, batch_size(data, DATA_KEYS)
 
 # %% ../nbs/04_streams.ipynb #06883422
 def _arrays(batches: Iterable) -> Iterator[tuple[dict, int]]:

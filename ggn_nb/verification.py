@@ -185,8 +185,7 @@ def _operator_checks(G, key) -> list[Check]:
 def _dense_operator(G) -> np.ndarray:
     "factor · Jᵀ H J from dense matrices of J and of the whole batch's H"
     unbound, data = G.unbound, G.data
-    one = lambda p, x: unbound.model_fn(input=x, params=p)
-    forward = lambda p: (jax.vmap(one, (None, 0)) if unbound.vmap_over_data else one)(p, data["input"])
+    forward = unbound.forward(data["input"])
     flat, unravel = ravel_pytree(unbound.params)
     pred = forward(unbound.params)
     J = np.asarray(jax.jacrev(lambda p: ravel_pytree(forward(unravel(p)))[0])(flat), np.float64)
