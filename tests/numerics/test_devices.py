@@ -59,7 +59,7 @@ spread, there, v, vs = put(data, mesh, "data"), *(put(t, mesh) for t in (params,
 gradient = collective_bytes(jax.jit(jax.grad(cross_entropy)).lower(there, spread).compile().as_text())
 assert gradient == size
 mean = {"reduction": "mean"}
-OPTIONS = {"ggn": ({}, {"linearize": "rematerialized"} | mean, {"linearize": "recomputed"}, {"batch_size": 8} | mean, {"batch_size": 12}),
+OPTIONS = {"ggn": ({}, {"linearize": "rematerialized"} | mean, {"linearize": "recomputed"}, {"batch_size": 8} | mean, {"batch_size": 12}, {"batch_size": 12, "linearize": "cached"}),
            "hessian": ({}, {"batch_size": 12} | mean), "fisher": (mean,), "monte carlo": ({"batch_size": 8},)}
 for kind, create in KINDS.items():
     for options in OPTIONS[kind]:
