@@ -47,10 +47,10 @@ def sum_over_chunks(
     if batch_size is None: return fn(data)
     count, size, rest = chunk_sizes(jax.tree.leaves(data)[0].shape[0], batch_size)
     if count == 1 and not rest: return fn(data)
-    part = lambda i: fn(_chunk(data, i, count, size, rest))
-    shapes = jax.eval_shape(part, 0)
+    part = jax.jit(lambda i: fn(_chunk(data, i, count, size, rest)))  # traced once, for its shapes and in the loop
+    shapes = jax.eval_shape(part, (steps := jnp.arange(count))[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, _sum_dtype(s.dtype)), shapes)
-    total = lax.scan(lambda total, i: (_add(total, part(i)), None), zeros, jnp.arange(count))[0]
+    total = lax.scan(lambda total, i: (_add(total, part(i)), None), zeros, steps)[0]
     if rest: total = _add(total, fn(_last(data, rest)))
     return jax.tree.map(lambda t, s: t.astype(s.dtype), total, shapes)
 
@@ -139,9 +139,9 @@ def _equation(eqn, *args) -> list:
 def channels_last(
     fn: Callable,  # of pytrees of arrays
 ) -> Callable:  # which returns the same
-    "`fn`, with all its convolutions rearranged so that they are fast in a loop on a CPU; `fn` itself where it has none"
+    "`fn`, with all its convolutions rearranged so that they are fast in a loop on a CPU"
     def rearranged(*args):
         program, result = jax.make_jaxpr(fn, return_shape=True)(*args)
-        if not _convolves(program.jaxpr): return fn(*args)
-        return jax.tree.unflatten(jax.tree.structure(result), _evaluate(program.jaxpr, program.consts, *jax.tree.leaves(args)))
+        found = _evaluate(program.jaxpr, program.consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(result), found)
     return rearranged
