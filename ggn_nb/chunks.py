@@ -89,10 +89,10 @@ def _check_rows(pred, data) -> Any:
 # %% ../nbs/05_chunks.ipynb #c4a1000d
 def _convolution(lhs, rhs, **params) -> jax.Array:
     "The convolution of transposed operands, with the channels last, transposed back"
-    dims, (n, c, *space) = params["dimension_numbers"], range(lhs.ndim)
+    dims, (batch, *space, channel) = params["dimension_numbers"], range(lhs.ndim)
     batch_first = lambda spec: (spec[0], *spec[2:], spec[1])
     filter_order = lambda spec: (*spec[2:], spec[1], spec[0])
-    last = lax.ConvDimensionNumbers((0, lhs.ndim - 1, *range(1, lhs.ndim - 1)), (lhs.ndim - 1, lhs.ndim - 2, *range(lhs.ndim - 2)), (0, lhs.ndim - 1, *range(1, lhs.ndim - 1)))
+    last = lax.ConvDimensionNumbers((batch, channel, *space), (channel, channel - 1, *range(channel - 1)), (batch, channel, *space))
     operands = lhs.transpose(batch_first(dims.lhs_spec)), rhs.transpose(filter_order(dims.rhs_spec))
     result = lax.conv_general_dilated_p.bind(*operands, **params | {"dimension_numbers": last})
     return result.transpose([batch_first(dims.out_spec).index(axis) for axis in range(lhs.ndim)])
