@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATA_KEYS', 'check_floating', 'check_array', 'check_like', 'check_data', 'batch_size', 'check_scalar',
-           'check_function', 'function_as_pytree']
+           'check_function', 'function_as_pytree', 'register_pytree']
 
 # %% ../nbs/02_checks.ipynb #4b02b9d4
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
+from jax.tree_util import GetAttrKey, Partial, register_pytree_with_keys
 
 # %% ../nbs/02_checks.ipynb #82329d7b
 def _name(path) -> str:
@@ -145,3 +145,20 @@ def function_as_pytree(
     if callable(fn) and all(is_array): return jax.tree.map(jnp.asarray, fn)
     check_function(fn, name)
     return Partial(fn)
+
+# %% ../nbs/02_checks.ipynb #5b0e7a12
+def register_pytree(
+    cls: type,  # whose `__init__` takes all fields as keywords
+    data_fields: tuple[str, ...],  # whose values are pytrees of arrays
+    meta_fields: tuple[str, ...],  # whose values are static: hashable, and compared
+) -> type:  # `cls`
+    "Make `cls` a pytree; for use as a decorator, with `functools.partial`"
+    values = lambda x, names: tuple(getattr(x, name) for name in names)
+    keyed = lambda x: tuple((GetAttrKey(name), getattr(x, name)) for name in data_fields)
+    register_pytree_with_keys(
+        cls,
+        lambda x: (keyed(x), values(x, meta_fields)),
+        lambda meta, data: cls(**dict(zip(data_fields, data, strict=True)), **dict(zip(meta_fields, meta, strict=True))),
+        lambda x: (values(x, data_fields), values(x, meta_fields)),
+    )
+    return cls

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
+from .checks import register_pytree
 from .ggn import GGN, UnboundGGN, unbound_at
 from .loss_hessian import LossFn
 from .losses.custom import create_loss
@@ -49,7 +49,7 @@ class _Scores(Loss):
         return self.loss.weight_sum(pred, target, weight=weight, mask=mask)
 
 
-@partial(register_dataclass, data_fields=["loss"], meta_fields=["whole"])
+@partial(register_pytree, data_fields=["loss"], meta_fields=["whole"])
 @dataclass(frozen=True, eq=False)
 class ScoreProducts(_Scores):
     "The outer product of each sample's score at its target, in the place of a Hessian"
@@ -67,7 +67,7 @@ class ScoreProducts(_Scores):
         return self.loss.faults(pred, target, weight=weight, mask=mask, reads_target=True)
 
 # %% ../nbs/09_fisher.ipynb #ffe99802
-@partial(register_dataclass, data_fields=["loss", "key"], meta_fields=["whole", "num_samples"])
+@partial(register_pytree, data_fields=["loss", "key"], meta_fields=["whole", "num_samples"])
 @dataclass(frozen=True, eq=False)
 class SampledScoreProducts(_Scores):
     "The mean outer product of each sample's score at targets drawn from the model"

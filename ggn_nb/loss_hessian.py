@@ -14,9 +14,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from jax.tree_util import register_dataclass
-
 from . import losses
+from .checks import register_pytree
 from .losses.closed_form import registered_losses
 from .losses.custom import create_loss
 from .losses.loss import Loss
@@ -33,7 +32,7 @@ class LossFn(StrEnum):
     NONE = "none"  # no loss, H = I
 
 # %% ../nbs/03_loss_hessian.ipynb #7ce82335
-@partial(register_dataclass, data_fields=["loss"], meta_fields=[])
+@partial(register_pytree, data_fields=["loss"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
 class LossHessian:
     "The product with the Hessian of a loss. Made by `create_loss_hessian_mv`; a pytree"

@@ -16,10 +16,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import register_dataclass
 
 from .checks import batch_size as samples_in
-from .checks import DATA_KEYS, check_data, check_like, check_scalar
+from .checks import DATA_KEYS, check_data, check_like, check_scalar, register_pytree
 from .chunks import channels_last, map_over_chunks, sum_over_chunks
 from .losses.loss import Loss, check_reduction, working_dtype
 from .losses.weights import raise_faults
@@ -209,9 +208,9 @@ class Operator:
         return f"{type(self).__name__}({self.unbound!r}, linearisation {how})"
 
 
-as_unbound = partial(register_dataclass, data_fields=["model_fn", "params", "loss", "factor"],
+as_unbound = partial(register_pytree, data_fields=["model_fn", "params", "loss", "factor"],
                      meta_fields=["vmap_over_data", "batch_size", "linearize", "layout"])
-as_operator = partial(register_dataclass, data_fields=["unbound", "data", "linearization"], meta_fields=[])
+as_operator = partial(register_pytree, data_fields=["unbound", "data", "linearization"], meta_fields=[])
 
 # %% ../nbs/06_operator.ipynb #1a5c140b
 @jax.jit

@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import PyTreeDef, keystr, register_dataclass
+from jax.tree_util import PyTreeDef, keystr
 
-from .checks import check_floating, function_as_pytree
+from .checks import check_floating, function_as_pytree, register_pytree
 
 # %% ../nbs/10_subset.ipynb #e276fe28
 def _paths(tree) -> list[str]:
@@ -69,7 +69,7 @@ def _filled(tree, other) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
 
 # %% ../nbs/10_subset.ipynb #81204329
-@partial(register_dataclass, data_fields=["model_fn", "frozen"], meta_fields=["structure"])
+@partial(register_pytree, data_fields=["model_fn", "frozen"], meta_fields=["structure"])
 @dataclass(frozen=True, eq=False, repr=False)
 class _PartlyFrozen:
     "A model as a function of its selected parameters: x, σ -> f(x, Eσ + c). A pytree"

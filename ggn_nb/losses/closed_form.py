@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
-from ..checks import check_array
+from ..checks import check_array, register_pytree
 from .loss import Loss, working_dtype
 from .weights import blank_positions, erase, raise_faults, read_mask, read_weight, root, weigh, weight_faults
 
@@ -201,7 +200,7 @@ class Claims(NamedTuple):
     where: str = ""  # definitions, separated by ";"
 
 # %% ../../nbs/losses/02_closed_form.ipynb #a5579e0d
-@partial(register_dataclass, data_fields=["options"],
+@partial(register_pytree, data_fields=["options"],
          meta_fields=["name", "formulas", "target", "axis", "target_use", "is_hessian", "is_fisher", "claims"])
 @dataclass(frozen=True, eq=False, repr=False)
 class ClosedFormLoss(Loss):

@@ -13,9 +13,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
-from ..checks import check_floating, check_like, function_as_pytree
+from ..checks import check_floating, check_like, function_as_pytree, register_pytree
 from .closed_form import registered_losses
 from .loss import Loss, sum_entries, working_dtype
 from .weights import blank_positions, erase, raise_faults, read_mask, read_weight, root, weigh, weight_faults
@@ -56,7 +55,7 @@ def _erase_positions(tree, blank) -> Any:
     return tree if blank is None else jax.tree.map(lambda leaf: erase(leaf, blank) if fits(leaf) else leaf, tree)
 
 # %% ../../nbs/losses/03_custom.ipynb #42828e38
-@partial(register_dataclass, data_fields=["loss_fn"], meta_fields=["factor", "factor_transpose", "sampler", "is_hessian", "is_fisher"])
+@partial(register_pytree, data_fields=["loss_fn"], meta_fields=["factor", "factor_transpose", "sampler", "is_hessian", "is_fisher"])
 @dataclass(frozen=True, eq=False)
 class CustomLoss(Loss):
     "A function as a loss, differentiated by JAX. Made by `create_loss`, or by hand where you know a factor or a sampler"
@@ -132,7 +131,7 @@ def _weigh_factor(leaf, weight, blank) -> jax.Array:
     return weigh(leaf, None if weight is None else root(weight).astype(leaf.dtype), blank)
 
 # %% ../../nbs/losses/03_custom.ipynb #dcbdfbda
-@partial(register_dataclass, data_fields=["mv"], meta_fields=[])
+@partial(register_pytree, data_fields=["mv"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
 class HessianOnly(Loss):
     "A loss of which only the Hessian product is known"

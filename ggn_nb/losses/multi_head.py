@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import register_dataclass
 
+from ..checks import register_pytree
 from .closed_form import as_option
 from .custom import create_loss
 from .loss import Loss
@@ -45,7 +45,7 @@ def _each_head(losses, name, given) -> list:
     return treedef.flatten_up_to(given)
 
 # %% ../../nbs/losses/30_multi_head.ipynb #a9f0f83d
-@partial(register_dataclass, data_fields=["losses", "scales"], meta_fields=[])
+@partial(register_pytree, data_fields=["losses", "scales"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
 class MultiHeadLoss(Loss):
     "A tree of losses, for a tree of predictions. Made by `multi_head`"

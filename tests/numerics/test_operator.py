@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_cases import POLICIES, baked_in, batched, dense_of, inner, linear, log_softmax_at, oracle_of, random_like, reference, run_python
-from ggn_nb import create_ggn_mv, create_ggn_mv_without_data
+from ggn_nb import create_fisher_mv, create_ggn_mv, create_ggn_mv_without_data, create_hessian_mv
+from ggn_nb.loss_hessian import LossHessian
 from ggn_nb.losses.cross_entropy import cross_entropy
+from ggn_nb.losses.custom import CustomLoss, HessianOnly
 from ggn_nb.testing import assert_close, dense_ggn
 from ggn_nb.timing import count_compiles
+from jax.tree_util import Partial
 
 RNG = np.random.default_rng(5)
 PARAMS = {"w": RNG.standard_normal((3, 4)), "v": RNG.standard_normal((4, 3))}
@@ -475,3 +478,14 @@ def test_keywords_partial_and_methods_as_models():
     vec, expected = jnp.asarray(W), make(W, model_fn=linear)(jnp.asarray(W))
     for model_fn in (Model().forward, Model(), partial(lambda c, input, params: c * input @ params, 1.0)):
         assert_close(make(W, model_fn=model_fn)(vec), expected)
+
+
+def test_no_two_classes_have_equal_structures():
+    """Programs are found by structure: of equal ones, the Hessian's could be taken for the Gauss-Newton matrix (seen with JAX 0.10)."""
+    kinds = [create_ggn_mv, create_hessian_mv, *(partial(create_fisher_mv, kind=kind, **options) for kind, options in (
+        ("exact", {}), ("empirical", {}), ("monte_carlo", {"key": jax.random.key(0)})))]
+    bound = [jax.tree.structure(create(net, PARAMS, DATA, "cross_entropy", linearize="recomputed")) for create in kinds]
+    unbound = [tree.children()[0] for tree in bound]
+    wrapped = [HessianOnly(Partial(linear)), CustomLoss(Partial(linear)), LossHessian(HessianOnly(Partial(linear)))]
+    for trees in (bound, unbound, list(map(jax.tree.structure, wrapped))):
+        assert all(a != b for i, a in enumerate(trees) for b in trees[:i])
