@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # %% ../../nbs/losses/01_weights.ipynb #4e9e4493
 def along(per_position: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -80,7 +81,7 @@ def raise_faults(
 ) -> None:
     "Raise `ValueError` with the first message that holds; under `jit`, where that is not known yet, do nothing"
     for message, present in faults.items():
-        if not isinstance(present, jax.core.Tracer) and bool(jnp.any(present)): raise ValueError(message)
+        if not isinstance(present, jax.core.Tracer) and np.any(np.asarray(present)): raise ValueError(message)
 
 
 def weight_faults(weight: Any) -> dict[str, jax.Array]:

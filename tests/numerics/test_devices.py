@@ -9,9 +9,6 @@ from pathlib import Path
 import ggn_nb
 import pytest
 
-# Programs that run once: compiled without optimisation, which is faster.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
 SETUP = """
 import sys
 from dataclasses import replace
@@ -171,7 +168,7 @@ def start(code, devices, *args):
     """A fresh process with strict settings and so many devices."""
     strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
     path = os.pathsep.join([str(Path(ggn_nb.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | strict | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}"}
+    env = os.environ | strict | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", SETUP + code, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
