@@ -8,6 +8,7 @@ __all__ = ['Batch', 'read_batch', 'host_array', 'read_arrays', 'pad_rows', 'chec
 # %% ../nbs/04_streams.ipynb #f08b466f
 import atexit
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
@@ -318,7 +319,7 @@ def sum_over(
     "The sum of `fn(batch, *args)` over the batches of `stream`, taken in float32 or better"
     if not isinstance(stream, Stream): raise TypeError(f"stream: got {type(stream).__name__}, expected a Stream")
     check_function(fn, "fn")
-    total = previous = None
+    total, running = None, deque()
     for batch in stream:
         value = fn(batch, *args)
         if total is None:
@@ -326,6 +327,6 @@ def sum_over(
             like = jax.eval_shape(lambda v: v, value)
         check_like(value, like, "fn's result", "the first batch")
         total, done = _add(total, value)
-        jax.block_until_ready(previous)
-        previous = done
+        running.append(done)
+        if len(running) > 2: jax.block_until_ready(running.popleft())
     return jax.tree.map(lambda t, v: t.astype(v.dtype), total, like)

@@ -613,7 +613,7 @@ def test_few_batches_are_alive_at_a_time(prefetch):
 
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda i, x: jnp.tanh(x @ x), x))
     sum_over(Stream(source, prefetch=prefetch), fn)
-    assert max(unfinished) <= prefetch + 2
+    assert max(unfinished) <= prefetch + 3
 
 
 BAD_RESULTS = {
