@@ -98,10 +98,10 @@ def _convolution(lhs, rhs, **params) -> jax.Array:
     return result.transpose([batch_first(dims.out_spec).index(axis) for axis in range(lhs.ndim)])
 
 # %% ../nbs/05_chunks.ipynb #c4a1000f
-def _jaxprs(value) -> list[Jaxpr]:
+def _jaxprs(value) -> list[ClosedJaxpr | Jaxpr]:
     "The programs within a parameter of an equation"
     if isinstance(value, tuple | list): return [jaxpr for each in value for jaxpr in _jaxprs(each)]
-    return [value.jaxpr] if isinstance(value, ClosedJaxpr) else [value] if isinstance(value, Jaxpr) else []
+    return [value] if isinstance(value, ClosedJaxpr | Jaxpr) else []
 
 
 def _convolves(jaxpr) -> bool:
@@ -113,8 +113,8 @@ def _rearranged(value) -> Any:
     "A parameter of an equation, with the convolutions in its programs rearranged"
     if not any(map(_convolves, _jaxprs(value))): return value
     if isinstance(value, tuple | list): return type(value)(map(_rearranged, value))
-    if isinstance(value, Jaxpr): return _rearranged(ClosedJaxpr(value, ())).jaxpr
-    return jax.make_jaxpr(partial(_evaluate, value.jaxpr, value.consts))(*value.in_avals)
+    if isinstance(value, ClosedJaxpr): return jax.make_jaxpr(partial(_evaluate, value.jaxpr, value.consts))(*value.in_avals)
+    return _rearranged(ClosedJaxpr(value, ())).jaxpr
 
 
 def _evaluate(jaxpr, consts, *args) -> list:
