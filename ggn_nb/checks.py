@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATA_KEYS', 'check_floating', 'check_array', 'check_like', 'check_data', 'batch_size', 'check_scalar',
-           'check_function', 'function_as_pytree', 'register_pytree']
+           'check_function', 'function_as_pytree', 'as_array', 'on_host', 'register_pytree']
 
 # %% ../nbs/02_checks.ipynb #4b02b9d4
 from collections.abc import Callable, Mapping
@@ -145,6 +145,20 @@ def function_as_pytree(
     if callable(fn) and all(is_array): return jax.tree.map(jnp.asarray, fn)
     check_function(fn, name)
     return Partial(fn)
+
+# %% ../nbs/02_checks.ipynb #5b0e7a22
+def as_array(
+    value: Any,  # a number or an array, or nested lists of these
+    dtype: Any = None,  # by default that of the numbers, as JAX reads it
+) -> jax.Array:
+    "`value` as an array; numbers on the host are transferred, for which nothing is compiled"
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value)): return jnp.asarray(value, dtype)
+    return jax.device_put(np.asarray(value, dtype))
+
+
+def on_host(x: jax.Array) -> Any:
+    "The numbers of `x` in NumPy, to compare without a program; a traced array as it is"
+    return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
 # %% ../nbs/02_checks.ipynb #5b0e7a12
 def register_pytree(

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .checks import check_floating, check_like, check_scalar, function_as_pytree
+from .checks import as_array, check_floating, check_like, check_scalar, function_as_pytree
 from .loss_hessian import LossFn, LossHessian
 from .losses.custom import HessianOnly, create_loss
 from .losses.loss import Loss
@@ -67,12 +66,6 @@ def _one_loss(loss_fn, loss_hessian_mv) -> Loss:
     return HessianOnly(function_as_pytree(loss_hessian_mv, "loss_hessian_mv"))
 
 # %% ../nbs/07_ggn.ipynb #616cb077
-def _as_array(number) -> jax.Array:
-    "One number in the default floating-point type; a transfer, for which nothing is compiled"
-    dtype = jnp.result_type(float)
-    return number.astype(dtype) if isinstance(number, jax.core.Tracer) else jax.device_put(np.asarray(number, dtype))
-
-
 def unbound_at(kind, model_fn, params, loss, factor, vmap_over_data, batch_size, linearize) -> Unbound:
     "A `kind` of matrix without its data, from checked arguments"
     check_floating(params, "params")
@@ -80,7 +73,7 @@ def unbound_at(kind, model_fn, params, loss, factor, vmap_over_data, batch_size,
     batch_size = check_size(batch_size, "batch_size")
     linearize = check_linearize(linearize, batch_size)
     params = jax.tree.map(jnp.asarray, params)
-    return kind(function_as_pytree(model_fn, "model_fn"), params, loss, _as_array(factor), bool(vmap_over_data), batch_size, linearize)
+    return kind(function_as_pytree(model_fn, "model_fn"), params, loss, as_array(factor, jnp.result_type(float)), bool(vmap_over_data), batch_size, linearize)
 
 # %% ../nbs/07_ggn.ipynb #faff63d0
 def create_ggn_mv_without_data(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..checks import check_array, register_pytree
+from ..checks import as_array, check_array, on_host, register_pytree
 from .loss import Loss, working_dtype
 from .weights import blank_positions, erase, raise_faults, read_mask, read_weight, root, weigh, weight_faults
 
@@ -106,11 +106,12 @@ def along_last(option: jax.Array, shape: tuple[int, ...], name: str) -> jax.Arra
 def as_option(value: Any, name: str, *, positive: bool = True) -> jax.Array | None:
     "`value` as a floating-point array, or None; `ValueError` unless all of it is finite and > 0 (or ≥ 0, where that will do)"
     if value is None: return None
-    try: value = jnp.asarray(value)
+    try: value = as_array(value)
     except (TypeError, ValueError): raise TypeError(f"{name}: got {value!r}, expected real numbers") from None
     if jnp.iscomplexobj(value): raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
     if not jnp.issubdtype(value.dtype, jnp.floating): value = value.astype(jnp.result_type(float))
-    bad = ~jnp.isfinite(value) | (value <= 0 if positive else value < 0)
+    known = on_host(value)
+    bad = ~((known > 0 if positive else known >= 0) & (known < jnp.inf))
     raise_faults({f"{name}: got {value}, expected finite numbers {'> 0' if positive else '≥ 0'}": bad})
     return value
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ..checks import as_array, on_host
 from .closed_form import Claims, ClosedFormLoss, Formulas, Target, as_option, register_loss
 from .weights import raise_faults, root
 
@@ -129,7 +130,7 @@ def _smoothing(value) -> jax.Array | None:
     "The option `label_smoothing`; none at all is None"
     if value is None or (not isinstance(value, jax.core.Tracer) and value == 0): return None
     value = as_option(value, "label_smoothing", positive=False)
-    raise_faults({f"label_smoothing: got {value}, expected a number from 0 to 1": value > 1})
+    raise_faults({f"label_smoothing: got {value}, expected a number from 0 to 1": on_host(value) > 1})
     return value
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #da5a35b8
@@ -144,7 +145,7 @@ def cross_entropy(
     "Cross-entropy on logits, with labels or distributions: H = diag(p) − p pᵀ"
     options = {"class_weight": as_option(class_weight, "class_weight", positive=False),
                "label_smoothing": _smoothing(label_smoothing),
-               "ignore_index": None if ignore_index is None else jnp.asarray(operator.index(ignore_index))}
+               "ignore_index": None if ignore_index is None else as_array(operator.index(ignore_index), jnp.result_type(int))}
     formulas = Formulas(cross_entropy_value, cross_entropy_gradient, cross_entropy_hessian_mv,
                         cross_entropy_factor_mv, cross_entropy_factor_transpose_mv, cross_entropy_sample)
     claims = Claims("-log(p)[y]", "diag(p) - outer(p, p)", "diag(sqrt(p)) - outer(p, sqrt(p))", "O(C)", "p = softmax(f)")
