@@ -135,7 +135,7 @@ class Unbound:
 
     def bind(self, data: "Mapping | Stream") -> "Operator | Streamed":
         "The operator on its data, which is checked; nothing is cached"
-        return bind(self, data)[0]
+        return bind(self, data, weigh=False)[0]
 
     @property
     def at_once(self) -> int | None:
@@ -298,21 +298,22 @@ def check_size(value: Any, name: str) -> int | None:
     return value
 
 # %% ../nbs/06_operator.ipynb #a1a196cb
-@jax.jit
-def _weigh_up(unbound: Unbound, data: dict) -> tuple[Any, dict[str, jax.Array]]:
-    "The sum of the weights that count, one for each head, and what is wrong with the numbers in the data"
+@partial(jax.jit, static_argnames="weigh")
+def _look_over(unbound: Unbound, data: dict, weigh: bool) -> tuple[dict[str, jax.Array], Any]:
+    "What is wrong with the numbers in the data and, where it is asked for, the sum of the weights that count, one for each head"
     def look(unbound, data):
         shapes = jax.eval_shape(unbound.forward(data["input"]), unbound.params)
         jax.eval_shape(unbound.middle, shapes, data)  # raises where model and loss do not fit
         pred = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), shapes)
         faults = unbound.of_loss("faults", pred, data, **({"reads_target": True} if unbound.reads_target else {}))
-        return jax.tree.map(jnp.sum, (unbound.of_loss("weight_sum", pred, data), faults))
+        found = jax.tree.map(lambda f: jnp.any(f).astype(jnp.int32), faults)
+        return found, jax.tree.map(jnp.sum, unbound.of_loss("weight_sum", pred, data)) if weigh else None
     return _in_parts(look, unbound, data, unbound)
 
 # %% ../nbs/06_operator.ipynb #de49dd6f
-def bind(unbound: Unbound, data: Mapping | Stream) -> tuple["Operator | Streamed", Any]:
-    "The operator on checked data, and the sum of the weights that count"
-    if isinstance(data, Stream): return _bind_stream(unbound, data)
+def bind(unbound: Unbound, data: Mapping | Stream, *, weigh: bool) -> tuple["Operator | Streamed", Any]:
+    "The operator on checked data and, where it is asked for, the sum of the weights that count"
+    if isinstance(data, Stream): return _bind_stream(unbound, data, weigh)
     check_data(data)
     data = {key: data.get(key) for key in DATA_KEYS}
     if unbound.vmap_over_data or unbound.batch_size is not None or unbound.loss.indexed:
@@ -320,7 +321,7 @@ def bind(unbound: Unbound, data: Mapping | Stream) -> tuple["Operator | Streamed
         if data["index"] is None and unbound.loss.indexed: data["index"] = jnp.arange(n)
     unbound = replace(unbound, layout=layout_of(unbound, data))
     op = unbound.bound(unbound, data)
-    weights, faults = _weigh_up(unbound, data)
+    faults, weights = _look_over(unbound, data, weigh)
     raise_faults(faults)
     return op, weights
 
@@ -350,9 +351,9 @@ def _each_batch_product(batch: Batch, unbound: Unbound, vecs: Any) -> Any:
     return _one_by_one(partial(_batch_product, batch, unbound), vecs)
 
 
-@jax.jit
-def _weigh_up_batch(batch: Batch, unbound: Unbound) -> tuple[Any, dict[str, jax.Array], jax.Array]:
-    return *_weigh_up(unbound, _of_batch(unbound, batch)), jnp.sum(batch.counted)
+@partial(jax.jit, static_argnames="weigh")
+def _look_over_batch(batch: Batch, unbound: Unbound, weigh: bool) -> tuple[dict[str, jax.Array], Any, jax.Array]:
+    return *_look_over(unbound, _of_batch(unbound, batch), weigh), jnp.sum(batch.counted)
 
 # %% ../nbs/06_operator.ipynb #cb2e5863
 @dataclass(frozen=True, eq=False, repr=False)
@@ -377,10 +378,10 @@ class Streamed:
         return f"{type(self).__name__}({self.unbound!r}, {self.samples:,} samples in {self.data!r})"
 
 
-def _bind_stream(unbound: Unbound, stream: Stream) -> tuple[Streamed, Any]:
-    "The operator on a stream that was read and checked once, and the sum of the weights that count"
+def _bind_stream(unbound: Unbound, stream: Stream, weigh: bool) -> tuple[Streamed, Any]:
+    "The operator on a stream that was read and checked once and, where it is asked for, the sum of the weights that count"
     unbound = replace(unbound, layout=layout_of(unbound))
-    weights, faults, samples = sum_over(stream, _weigh_up_batch, unbound)
+    faults, weights, samples = sum_over(stream, partial(_look_over_batch, weigh=weigh), unbound)
     raise_faults(faults)
     return Streamed(unbound, stream, int(samples)), weights
 
@@ -427,7 +428,7 @@ def bind_scaled(
     "The operator on its data, scaled; with its linearisation, if the policy is to keep one"
     check_reduction(reduction)
     if not isinstance(data, Stream): check_data(data)
-    op, weights = bind(make(_factor_of(reduction, data, num_curv_samples, num_total_samples)), data)
+    op, weights = bind(make(_factor_of(reduction, data, num_curv_samples, num_total_samples)), data, weigh=reduction == "mean")
     if reduction == "mean": return _kept(_mean(op, weights))
     if isinstance(op, Streamed) and num_curv_samples is None and num_total_samples is not None: return _divided(op, op.samples)
     return _kept(op)
