@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CASES', 'Init', 'draw', 'dense_init', 'dense', 'num_params', 'MLP', 'mlp', 'conv_init', 'conv', 'average_pool', 'CNN',
            'cnn', 'norm_init', 'layer_norm', 'attention', 'block', 'block_init', 'Transformer', 'transformer',
-           'timing_case']
+           'timing_case', 'timing_gradient']
 
 # %% ../nbs/12_models.ipynb #ef394b94
 import math
@@ -270,3 +270,16 @@ def timing_case(
         return *transformer(key, scan=name == "transformer"), {"input": tokens[:, :-1], "target": tokens[:, 1:]}
     model, n, shape = (mlp(key, (784, 1024, 1024, 1024, 10)), n or 512, (784,)) if name == "MLP" else (cnn(key), n or 128, (32, 32, 3))
     return *model, {"input": random.normal(k_input, (n, *shape)), "target": random.randint(k_target, (n,), 0, 10)}
+
+# %% ../nbs/12_models.ipynb #7eb43486
+@partial(jax.jit, static_argnums=0)
+def timing_gradient(
+    model_fn: Callable,  # called as `model_fn(input=x, params=params)`; returns logits
+    params: Any,  # pytree of floating-point arrays
+    data: dict,  # {"input", "target"}, with integer labels
+) -> Any:  # like `params`
+    "The gradient of the cross-entropy, summed over everything: the unit of the timings"
+    def loss(params):
+        log_p = jax.nn.log_softmax(jax.vmap(lambda x: model_fn(input=x, params=params))(data["input"]))
+        return -jnp.sum(jnp.take_along_axis(log_p, data["target"][..., None], axis=-1))
+    return jax.grad(loss)(params)
