@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from .checks import as_array, check_floating, check_like, check_scalar, function_as_pytree
 from .loss_hessian import LossFn, LossHessian
@@ -19,6 +20,18 @@ from .losses.custom import HessianOnly, create_loss
 from .losses.loss import Loss
 from .operator import Operator, Unbound, as_operator, as_unbound, bind_scaled, check_linearize, check_size
 from .streams import Stream
+
+# %% ../nbs/07_ggn.ipynb #792e61f6
+def _stored(
+    fn: Callable,  # of a pytree of arrays
+) -> Callable:  # the same
+    "`fn`, whose result a CPU computes once and stores"
+    if jax.default_backend() != "cpu": return fn
+    def called(x):
+        with set_xla_metadata(inlineable=None): return fn(x)  # what it calls itself is inlined as ever
+    def call(x):
+        with set_xla_metadata(inlineable="false"): return jax.jit(called)(x)
+    return call
 
 # %% ../nbs/07_ggn.ipynb #792e61f5
 @as_operator
@@ -44,8 +57,8 @@ class UnboundGGN(Unbound):
     def product(self, linearization: tuple[Any, Callable], data: dict, vec: Any) -> Any:
         "factor · Jᵀ H J vec"
         pred, jvp = linearization
-        hjv = self.hessian_product(jvp(vec), pred, data)
-        return jax.linear_transpose(jvp, vec)(self.scaled(hjv))[0]
+        multiply = _stored(lambda jv: self.scaled(self.hessian_product(jv, pred, data)))
+        return jax.linear_transpose(jvp, vec)(multiply(jvp(vec)))[0]
 
     def hessian_product(self, jv: Any, pred: Any, data: dict) -> Any:
         "H jv for the whole batch, if it is shaped like the prediction"
