@@ -196,12 +196,21 @@ def _work(items: Iterator, made: SimpleQueue, slots: Semaphore, stopped: Event, 
     made.put(_End(error))
 
 # %% ../nbs/04_streams.ipynb #7f303783
+_RUNNING: set[Callable] = set()  # what ends the threads
+
+
+@atexit.register
+def _end_all() -> None:
+    "When the interpreter exits: before JAX does, for it was imported earlier"
+    while _RUNNING: _RUNNING.pop()()
+
+
 def run_ahead(
     items: Iterator,  # a generator
     number: int,  # ≥ 1
 ) -> Iterator:
     "`items`, of which a thread makes up to `number` in advance; the thread ends when this iterator is closed"
-    made, slots, stopped = SimpleQueue(), Semaphore(number - 1), Event()
+    made, slots, stopped, running = SimpleQueue(), Semaphore(number - 1), Event(), _RUNNING
     settings = jax.config.jax_enable_x64, jax.config.jax_default_device
     thread = Thread(target=_work, args=(items, made, slots, stopped, *settings), name="ggn_nb.streams", daemon=True)
 
@@ -211,15 +220,16 @@ def run_ahead(
         thread.join()
 
     thread.start()
-    atexit.register(end)
+    running.add(end)
     try:
         while not isinstance(item := made.get(), _End):
             slots.release()
             yield item
         if item.error is not None: raise item.error
     finally:
-        atexit.unregister(end)
-        end()
+        if end in running:  # no more, if the interpreter is exiting
+            running.remove(end)
+            end()
 
 # %% ../nbs/04_streams.ipynb #424f2b9c
 def _check_source(source: Any) -> None:
