@@ -22,7 +22,7 @@ from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, DOCS = ROOT / "nbs", ROOT / "_docs"
-FOLDERS = ["losses", "tutorials", "timing"]  # first in the sidebar, in this order; others follow by name
+FOLDERS = ["tutorials", "how-to", "losses", "operators", "layers", "linalg", "timing", ".", "tools"]  # as in the sidebar
 
 
 def notebooks() -> list[Path]:
@@ -30,8 +30,8 @@ def notebooks() -> list[Path]:
 
     def order(path: Path) -> tuple:
         folder = path.parent.relative_to(NBS).as_posix()
-        rank = FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
-        return folder != ".", rank, folder, path.name != "index.ipynb", path.name
+        home = folder == "." and path.name == "index.ipynb"
+        return not home, FOLDERS.index(folder), path.name != "index.ipynb", path.name
 
     found = (p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
     return sorted(found, key=order)

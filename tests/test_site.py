@@ -225,7 +225,7 @@ def test_search_finds_create_ggn_mv(address, browser):
     WebDriverWait(browser, 10).until(lambda b: b.find_elements("css selector", ".search-result"))
     results = browser.find_elements("css selector", ".search-result")
     assert any("create_ggn_mv" in result.text for result in results)
-    target = index["syms"]["ggn_nb.ggn"]["ggn_nb.ggn.create_ggn_mv"][0]
+    target = index["syms"]["ggn_nb.operators.ggn"]["ggn_nb.operators.ggn.create_ggn_mv"][0]
     assert address + target in [result.get_attribute("href") for result in results]
     browser.get(address + target)
     assert browser.find_element("id", "create_ggn_mv").is_displayed()

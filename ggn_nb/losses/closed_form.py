@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..checks import as_array, check_array, on_host, register_pytree
-from .loss import Loss, working_dtype
+from .loss import Loss
 from .weights import blank_positions, erase, raise_faults, read_mask, read_weight, root, weigh, weight_faults
+from ..tools.arrays import as_array, on_host, register_pytree, working_dtype
+from ..tools.checks import check_array
 
 # %% ../../nbs/losses/02_closed_form.ipynb #f7004c9c
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..checks import as_array, on_host
 from .closed_form import Claims, ClosedFormLoss, Formulas, Target, as_option, register_loss
 from .weights import raise_faults, root
+from ..tools.arrays import as_array, on_host
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #5ba479c0
 @dataclass(frozen=True)

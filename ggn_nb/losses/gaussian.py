@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..checks import check_array
 from .closed_form import Claims, ClosedFormLoss, Entries, Formulas, Target, along_last, as_option, entrywise, register_loss
-from .loss import working_dtype
 from .weights import raise_faults
+from ..tools.arrays import working_dtype
+from ..tools.checks import check_array
 
 # %% ../../nbs/losses/13_gaussian.ipynb #32ab7bfd
 def gaussian_value(

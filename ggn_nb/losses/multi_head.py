@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..checks import register_pytree
 from .closed_form import as_option
-from .custom import create_loss
+from .create import create_loss
 from .loss import Loss
 from .weights import root
+from ..tools.arrays import register_pytree
 
 # %% ../../nbs/losses/30_multi_head.ipynb #fa5598c0
 _is_loss = lambda x: isinstance(x, Loss)

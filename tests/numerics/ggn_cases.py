@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ggn_nb.models import cnn, mlp, transformer
-from ggn_nb.testing import dense_from_mv, dense_ggn
+from ggn_nb.tools.models import cnn, mlp, transformer
+from ggn_nb.tools.testing import dense_from_mv, dense_ggn
 from hypothesis import HealthCheck, given, settings
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 

@@ -8,16 +8,16 @@ from enum import StrEnum
 from types import MappingProxyType
 
 import ggn_nb
-import ggn_nb.fisher
-import ggn_nb.ggn
-import ggn_nb.hessian
-import ggn_nb.loss_hessian
+import ggn_nb.operators.fisher
+import ggn_nb.operators.ggn
+import ggn_nb.operators.hessian
+import ggn_nb.losses.create
 import ggn_nb.losses.closed_form
 import ggn_nb.losses.custom
 import ggn_nb.losses.loss
-import ggn_nb.operator
-import ggn_nb.streams
-import ggn_nb.subset
+import ggn_nb.operators.operator
+import ggn_nb.operators.streams
+import ggn_nb.operators.subset
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,34 +38,34 @@ from ggn_nb import (
 )
 from ggn_nb.losses.closed_form import registered_losses
 from ggn_nb.losses.mse import mse
-from ggn_nb.testing import assert_close
+from ggn_nb.tools.testing import assert_close
 
 W, V, X = (jnp.asarray(np.random.default_rng(k).standard_normal(s)) for k, s in enumerate([(3, 2), (3, 2), (4, 3)]))
 DATA = {"input": X, "target": jnp.array([0, 1, 0, 1])}
 
 HOMES = {
-    "create_ggn_mv": ggn_nb.ggn,
-    "create_ggn_mv_without_data": ggn_nb.ggn,
-    "create_loss_hessian_mv": ggn_nb.loss_hessian,
-    "LossFn": ggn_nb.loss_hessian,
-    "LossHessian": ggn_nb.loss_hessian,
+    "create_ggn_mv": ggn_nb.operators.ggn,
+    "create_ggn_mv_without_data": ggn_nb.operators.ggn,
+    "create_loss_hessian_mv": ggn_nb.losses.create,
+    "LossFn": ggn_nb.losses.create,
+    "LossHessian": ggn_nb.losses.create,
     "Loss": ggn_nb.losses.loss,
     "ClosedFormLoss": ggn_nb.losses.closed_form,
     "register_loss": ggn_nb.losses.closed_form,
     "CustomLoss": ggn_nb.losses.custom,
-    "create_loss": ggn_nb.losses.custom,
-    "create_hessian_mv": ggn_nb.hessian,
-    "create_hessian_mv_without_data": ggn_nb.hessian,
-    "create_fisher_mv": ggn_nb.fisher,
-    "create_fisher_mv_without_data": ggn_nb.fisher,
-    "Hessian": ggn_nb.hessian,
-    "Fisher": ggn_nb.fisher,
-    "Operator": ggn_nb.operator,
-    "Streamed": ggn_nb.operator,
-    "GGN": ggn_nb.ggn,
-    "UnboundGGN": ggn_nb.ggn,
-    "Stream": ggn_nb.streams,
-    "select_params": ggn_nb.subset,
+    "create_loss": ggn_nb.losses.create,
+    "create_hessian_mv": ggn_nb.operators.hessian,
+    "create_hessian_mv_without_data": ggn_nb.operators.hessian,
+    "create_fisher_mv": ggn_nb.operators.fisher,
+    "create_fisher_mv_without_data": ggn_nb.operators.fisher,
+    "Hessian": ggn_nb.operators.hessian,
+    "Fisher": ggn_nb.operators.fisher,
+    "Operator": ggn_nb.operators.operator,
+    "Streamed": ggn_nb.operators.operator,
+    "GGN": ggn_nb.operators.ggn,
+    "UnboundGGN": ggn_nb.operators.ggn,
+    "Stream": ggn_nb.operators.streams,
+    "select_params": ggn_nb.operators.subset,
 }
 
 

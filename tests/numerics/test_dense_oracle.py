@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ggn_cases import LOSSES, POLICIES, batched, data_case, dense_of, linear, model_case, oracle_of, random_like, reference
 from ggn_nb import create_ggn_mv, create_ggn_mv_without_data
-from ggn_nb.testing import assert_close
+from ggn_nb.tools.testing import assert_close
 from jax.flatten_util import ravel_pytree
 
 ALL = [(linearize, vmapped) for linearize in POLICIES for vmapped in (True, False)]

@@ -21,9 +21,9 @@ if len(sys.argv) > 1:
 jax.config.update("jax_enable_x64", True)
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from ggn_nb import Stream, create_fisher_mv, create_ggn_mv, create_hessian_mv
-from ggn_nb.models import mlp
-from ggn_nb.testing import assert_close
-from ggn_nb.timing import collective_bytes
+from ggn_nb.tools.models import mlp
+from ggn_nb.tools.testing import assert_close
+from ggn_nb.tools.timing import collective_bytes
 
 rng = np.random.default_rng(0)
 N, K = 32, 3

@@ -11,7 +11,7 @@ from ggn_nb import create_ggn_mv, create_ggn_mv_without_data, create_loss_hessia
 from ggn_nb.losses.binary_cross_entropy import binary_cross_entropy
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.mse import mse
-from ggn_nb.timing import count_compiles
+from ggn_nb.tools.timing import count_compiles
 
 W, X, Y = jnp.ones((3, 2)), np.ones((4, 3)), np.array([0, 1, 0, 1])
 DATA = {"input": X, "target": Y}

@@ -12,8 +12,8 @@ import pytest
 from ggn_cases import run_cases
 from ggn_nb import create_ggn_mv, create_loss, multi_head, verify
 from ggn_nb.losses.closed_form import registered_losses
-from ggn_nb.timing import count_compiles
-from ggn_nb.testing import assert_close, dense_from_mv
+from ggn_nb.tools.testing import assert_close, dense_from_mv
+from ggn_nb.tools.timing import count_compiles
 from hypothesis import strategies as st
 from jax.scipy import stats
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from ggn_cases import POLICIES, baked_in, batched, dense_of, inner, linear, log_softmax_at, oracle_of, random_like, reference, run_python
 from ggn_nb import create_fisher_mv, create_ggn_mv, create_ggn_mv_without_data, create_hessian_mv
-from ggn_nb.loss_hessian import LossHessian
+from ggn_nb.losses.create import LossHessian
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.custom import CustomLoss, HessianOnly
-from ggn_nb.testing import assert_close, dense_ggn
-from ggn_nb.timing import count_compiles
+from ggn_nb.tools.testing import assert_close, dense_ggn
+from ggn_nb.tools.timing import count_compiles
 from jax.tree_util import Partial
 
 RNG = np.random.default_rng(5)

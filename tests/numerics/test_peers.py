@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ggn_cases import POLICIES, batched, data_case, linear, model_case, random_like
 from ggn_nb import create_ggn_mv, create_loss_hessian_mv
-from ggn_nb.testing import assert_close
+from ggn_nb.tools.testing import assert_close
 
 WHY = "{} is not installed: pip install 'ggn_nb[peers]'"
 

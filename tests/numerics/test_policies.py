@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_nb import Stream, create_fisher_mv, create_ggn_mv, create_ggn_mv_without_data, create_hessian_mv
-from ggn_nb.chunks import chunk_sizes
-from ggn_nb.models import cnn, mlp, transformer
-from ggn_nb.testing import assert_close, dense_from_mv
-from ggn_nb.timing import count_compiles
+from ggn_nb.operators.chunks import chunk_sizes
+from ggn_nb.tools.models import cnn, mlp, transformer
+from ggn_nb.tools.testing import assert_close, dense_from_mv
+from ggn_nb.tools.timing import count_compiles
 
 RNG = np.random.default_rng(8)
 N = 11

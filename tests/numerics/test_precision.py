@@ -9,7 +9,7 @@ from ggn_nb import create_ggn_mv, create_ggn_mv_without_data, create_loss_hessia
 from ggn_nb.losses.binary_cross_entropy import binary_cross_entropy
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.mse import mse
-from ggn_nb.testing import assert_close
+from ggn_nb.tools.testing import assert_close
 
 # For a sum of thousands of samples: half-precision results are off by rounding, not by the number of samples.
 BOUND = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 2e-2}

@@ -26,10 +26,10 @@ from ggn_cases import (
 )
 from ggn_nb import create_ggn_mv, create_loss_hessian_mv
 from ggn_nb.losses.binary_cross_entropy import binary_cross_entropy
-from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.closed_form import none
+from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.mse import mse
-from ggn_nb.testing import assert_close
+from ggn_nb.tools.testing import assert_close
 from hypothesis import strategies as st
 from jax.flatten_util import ravel_pytree
 

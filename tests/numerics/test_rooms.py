@@ -1,4 +1,4 @@
-"""The rooms that other tests and notebooks rely on: `ggn_nb.testing` and `ggn_nb.timing`."""
+"""The rooms that other tests and notebooks rely on: `ggn_nb.tools.testing` and `ggn_nb.tools.timing`."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_cases import linear
-from ggn_nb.testing import assert_close, default_rtol, dense_from_mv, dense_ggn
-from ggn_nb.timing import Timings, compare, compile_seconds, count_compiles, measured_where, time_once
+from ggn_nb.tools.testing import assert_close, default_rtol, dense_from_mv, dense_ggn
+from ggn_nb.tools.timing import Timings, compare, compile_seconds, count_compiles, measured_where, time_once
 
 ONE, NAN = jnp.ones(3), float("nan")
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from ggn_cases import run_python
 from ggn_nb import Stream
-from ggn_nb.streams import Batch, checksum, enable_x64, run_ahead, sum_over
-from ggn_nb.testing import assert_close
-from ggn_nb.timing import count_compiles
+from ggn_nb.operators.streams import Batch, checksum, enable_x64, run_ahead, sum_over
+from ggn_nb.tools.testing import assert_close
+from ggn_nb.tools.timing import count_compiles
 
 X, Y = np.random.default_rng(0).standard_normal((11, 3)), np.arange(11)
 ways = pytest.mark.parametrize("prefetch", [0, 1, 3])
@@ -43,7 +43,7 @@ def same_as_arrays(stream):
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    assert [t for t in threading.enumerate() if t.name == "ggn_nb.streams"] == []
+    assert [t for t in threading.enumerate() if t.name == "ggn_nb.operators.streams"] == []
 
 
 class Tensor:
@@ -418,11 +418,11 @@ def test_the_source_is_closed_when_the_loop_ends_early(prefetch):
         for _ in stream:
             raise ZeroDivisionError
     sum_over(stream, lambda batch: batch.data["input"])
-    assert events == 3 * ["ggn_nb.streams" if prefetch else "MainThread"]
+    assert events == 3 * ["ggn_nb.operators.streams" if prefetch else "MainThread"]
 
 
 def test_threads_run_while_they_are_needed():
-    running = lambda: [t for t in threading.enumerate() if t.name == "ggn_nb.streams"]
+    running = lambda: [t for t in threading.enumerate() if t.name == "ggn_nb.operators.streams"]
     again = iter(Stream(batches()))
     assert running() == []
     next(again)

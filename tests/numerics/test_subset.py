@@ -25,8 +25,8 @@ from ggn_cases import (
     reference,
 )
 from ggn_nb import create_ggn_mv, create_ggn_mv_without_data, select_params
-from ggn_nb.testing import assert_close
-from ggn_nb.timing import count_compiles
+from ggn_nb.tools.testing import assert_close
+from ggn_nb.tools.timing import count_compiles
 from jax.flatten_util import ravel_pytree
 
 policies = pytest.mark.parametrize("linearize", POLICIES)
