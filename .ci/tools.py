@@ -74,7 +74,8 @@ def execute(path: Path, flags: str = "") -> nbformat.NotebookNode:
         if skip & marks.keys() or marks.get("eval") == "false":
             cell.metadata["tags"] = ["skip-execution"]
     where = {"metadata": {"path": str(path.parent)}}
-    return NotebookClient(nb, timeout=900, kernel_name="python3", resources=where, record_timing=False).execute()
+    settings = {"timeout": 900, "record_timing": False, "coalesce_streams": True}
+    return NotebookClient(nb, kernel_name="python3", resources=where, **settings).execute()
 
 
 def run(paths: list[str], flags: str = "") -> None:
