@@ -1,32 +1,84 @@
-"""Generalized Gauss-Newton products and loss Hessians in JAX."""
+"""Generalized Gauss-Newton products, their kin, and loss Hessians in JAX."""
 
 from importlib.metadata import version
 
-from ggn_nb.operators.fisher import Fisher as Fisher
-from ggn_nb.operators.fisher import create_fisher_mv as create_fisher_mv
-from ggn_nb.operators.fisher import create_fisher_mv_without_data as create_fisher_mv_without_data
-from ggn_nb.operators.ggn import GGN as GGN
-from ggn_nb.operators.ggn import UnboundGGN as UnboundGGN
-from ggn_nb.operators.ggn import create_ggn_mv as create_ggn_mv
-from ggn_nb.operators.ggn import create_ggn_mv_without_data as create_ggn_mv_without_data
-from ggn_nb.operators.hessian import Hessian as Hessian
-from ggn_nb.operators.hessian import create_hessian_mv as create_hessian_mv
-from ggn_nb.operators.hessian import create_hessian_mv_without_data as create_hessian_mv_without_data
-from ggn_nb.losses.create import LossFn as LossFn
-from ggn_nb.losses.create import LossHessian as LossHessian
-from ggn_nb.losses.create import create_loss_hessian_mv as create_loss_hessian_mv
-from ggn_nb.losses.closed_form import ClosedFormLoss as ClosedFormLoss
-from ggn_nb.losses.closed_form import register_loss as register_loss
-from ggn_nb.losses.custom import CustomLoss as CustomLoss
-from ggn_nb.losses.create import create_loss as create_loss
-from ggn_nb.losses.loss import Loss as Loss
-from ggn_nb.losses.multi_head import multi_head as multi_head
-from ggn_nb.operators.operator import Operator as Operator
-from ggn_nb.operators.operator import Streamed as Streamed
-from ggn_nb.operators.streams import Stream as Stream
-from ggn_nb.operators.subset import select_params as select_params
-from ggn_nb.operators.verification import Report as Report
-from ggn_nb.operators.verification import is_psd as is_psd
-from ggn_nb.operators.verification import verify as verify
+from ggn_nb.losses import (
+    ClosedFormLoss,
+    CustomLoss,
+    Loss,
+    LossFn,
+    LossHessian,
+    create_loss,
+    create_loss_hessian_mv,
+    multi_head,
+    register_loss,
+)
+from ggn_nb.operators.creation import DataOptions, ProblemOptions, Unbound
+from ggn_nb.operators.curvature import Curvature
+from ggn_nb.operators.fisher import Fisher, create_fisher_mv, create_fisher_mv_without_data
+from ggn_nb.operators.ggn import GGN, create_ggn_mv, create_ggn_mv_without_data
+from ggn_nb.operators.hessian import Hessian, create_hessian_mv, create_hessian_mv_without_data
+from ggn_nb.operators.operator import (
+    Damped,
+    Diagonal,
+    Flat,
+    Operator,
+    Scaled,
+    Sum,
+    register_operator,
+    static_field,
+)
+from ggn_nb.operators.samples import Samples
+from ggn_nb.operators.streamed import Streamed
+from ggn_nb.operators.streams import Stream
+from ggn_nb.operators.subset import select_params
+from ggn_nb.operators.verification import Report, is_psd, verify
 
 __version__ = version("ggn_nb")
+
+__all__ = [
+    # products with a matrix of a model on data
+    "create_ggn_mv",
+    "create_hessian_mv",
+    "create_fisher_mv",
+    # the same, with the data in each product
+    "create_ggn_mv_without_data",
+    "create_hessian_mv_without_data",
+    "create_fisher_mv_without_data",
+    # losses
+    "create_loss",
+    "create_loss_hessian_mv",
+    "multi_head",
+    "register_loss",
+    "LossFn",
+    "Loss",
+    "ClosedFormLoss",
+    "CustomLoss",
+    "LossHessian",
+    # data and parameters
+    "Samples",
+    "Stream",
+    "select_params",
+    # operators, what they are and how to make a kind
+    "Operator",
+    "register_operator",
+    "static_field",
+    "Curvature",
+    "GGN",
+    "Hessian",
+    "Fisher",
+    "Streamed",
+    "Unbound",
+    "Diagonal",
+    "Sum",
+    "Scaled",
+    "Damped",
+    "Flat",
+    # the keywords that creating functions share
+    "DataOptions",
+    "ProblemOptions",
+    # checks
+    "verify",
+    "is_psd",
+    "Report",
+]

@@ -18,135 +18,213 @@ from jax.flatten_util import ravel_pytree
 from ..losses.create import create_loss
 from ..losses.custom import CustomLoss
 from ..losses.loss import Loss
-from .ggn import GGN, create_ggn_mv_without_data
-from .operator import Operator, Streamed
-from ..tools.arrays import sum_entries
+from .curvature import Curvature, on_samples
+from .operator import Operator
 from ..tools.checks import check_floating
 from ..tools.testing import dense_from_mv
 
 # %% ../../nbs/operators/30_verification.ipynb #df73a25b
 class Check(NamedTuple):
-    "One claim, the error that was found, and how much is allowed"
+    """One claim, the error that was found, and how much of it is allowed.
+
+    Arguments:
+
+    - `name`: what is claimed.
+    - `error`: what was found, ≥ 0; NaN where the numbers are none.
+    - `allowed`: the largest error that passes.
+    - `unit`: what the error is measured in: "relative" to the largest entry, or "standard errors".
+    """
+
     name: str
     error: float
     allowed: float
+    unit: str = "relative"
 
     @property
-    def passed(self) -> bool: return bool(self.error <= self.allowed)  # NaN fails
+    def passed(self) -> bool:
+        """Is the error no larger than allowed? NaN is not."""
+        return bool(self.error <= self.allowed)
 
 # %% ../../nbs/operators/30_verification.ipynb #592bdb75
 @dataclass(frozen=True)
 class Report:
-    "What `verify` found; `str(report)` is a table"
+    """What `verify` found. `str(report)` is a table.
+
+    Arguments:
+
+    - `subject`: the loss or operator, as it prints.
+    - `checks`: the checks that were made.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import verify
+        >>> verify("mse", jnp.array([1.0, 2.0])).passed
+        True
+    """
+
     subject: str
     checks: tuple[Check, ...]
 
     @property
-    def passed(self) -> bool: return all(check.passed for check in self.checks)
+    def passed(self) -> bool:
+        """Did all checks pass?"""
+        return all(check.passed for check in self.checks)
 
     def __str__(self) -> str:
         width = max(len(check.name) for check in self.checks)
-        rows = [f"  {'ok    ' if c.passed else 'FAILED'}  {c.name:{width}}  error {c.error:.1e}, allowed {c.allowed:.1e}" for c in self.checks]
-        return "\n".join([f"{self.subject}: {'verified' if self.passed else 'FAILED'}", *rows])
+        rows = [_row(check, width) for check in self.checks]
+        return "\n".join([f"{self.subject}: {_verdict(self.passed, 'verified')}", *rows])
 
     __repr__ = __str__
 
     def raise_on_failure(self) -> None:
-        "Raise `AssertionError` with the table, unless all checks passed"
+        """Raise `AssertionError` with the table, unless all checks passed."""
         if not self.passed: raise AssertionError(str(self))
 
+
+def _verdict(passed: bool, word: str) -> str: return word if passed else "FAILED"
+
+
+def _row(check: Check, width: int) -> str:
+    "A line of the table"
+    unit = "" if check.unit == "relative" else f" {check.unit}"
+    error = f"error {check.error:.1e}{unit}, allowed {check.allowed:.1e}"
+    return f"  {_verdict(check.passed, 'ok'):6}  {check.name:{width}}  {error}"
+
 # %% ../../nbs/operators/30_verification.ipynb #12b3873a
-def _relative(actual, expected) -> float:
+def _relative(actual: Any, expected: Any) -> float:
     "The largest difference of two trees, relative to the largest entry of what is expected"
     a, e = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (actual, expected))
     if a.shape != e.shape: return float("inf")
-    return float(np.max(np.abs(a - e), initial=0) / max(np.max(np.abs(e), initial=0), np.finfo(np.float64).tiny))
+    largest = max(np.max(np.abs(e), initial=0), np.finfo(np.float64).tiny)
+    return float(np.max(np.abs(a - e), initial=0) / largest)
 
 
 _ALLOWED = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-def _allowed(tree) -> float:
+def _allowed(tree: Any) -> float:
     "The relative error to be expected from the dtypes of `tree`"
     return max(_ALLOWED[jnp.dtype(leaf.dtype).name] for leaf in jax.tree.leaves(tree))
 
 # %% ../../nbs/operators/30_verification.ipynb #50a49c6d
-def _dense(mv, like) -> jax.Array:
-    "The dense matrix of a product on trees shaped like `like`, in float64 or float32"
+def _dense(mv: Callable, like: Any) -> np.ndarray:
+    "The dense matrix of a product on trees shaped like `like`, in float64"
     return np.asarray(dense_from_mv(mv, like), np.float64)
 
 
-def _definiteness(H) -> float:
-    "The smallest eigenvalue, relative to the largest by size"
-    values = np.linalg.eigvalsh((H + H.T) / 2) if np.all(np.isfinite(H)) else np.array([np.nan])
-    return values[0] / max(np.max(np.abs(values)), np.finfo(np.float64).tiny)
+def _negativity(H: np.ndarray) -> float:
+    "How far the smallest eigenvalue is below zero, relative to the largest by size"
+    if not np.all(np.isfinite(H)): return np.nan
+    values = np.linalg.eigvalsh((H + H.T) / 2)
+    return float(max(0, -values[0]) / max(np.max(np.abs(values)), np.finfo(np.float64).tiny))
 
 # %% ../../nbs/operators/30_verification.ipynb #2cf55199
 def is_psd(
-    loss: Any,  # a name, a `Loss`, or a callable loss(pred, target)
-    pred: Any,  # prediction, up to 2,048 numbers
-    target: Any = None,  # as the loss takes it
+    loss: Any,
+    pred: Any,
+    target: Any = None,
     *,
-    weight: Any = None,  # one entry for each sample or position
-    mask: Any = None,  # likewise
+    weight: Any = None,
+    mask: Any = None,
 ) -> bool:
-    "Is the loss's H positive semi-definite at this point? Its smallest eigenvalue may be negative by rounding only"
-    loss, pred = create_loss(loss), _small(pred)
+    """Is the curvature H of a loss positive semi-definite at this point?
+
+    A Gauss-Newton matrix is positive semi-definite wherever H is. The smallest eigenvalue of the
+    dense H may be negative by rounding only.
+
+    Arguments:
+
+    - `loss`: a name, a `Loss`, or a function loss(pred, target).
+    - `pred`: the prediction, a tree of up to 2,048 floating-point numbers.
+    - `target`: as the loss takes it.
+    - `weight`: one number ≥ 0 for each sample or position.
+    - `mask`: one truth value for each sample or position.
+
+    Returns:
+
+    True or False.
+
+    Raises:
+
+    - `ValueError`: a prediction of more numbers, or what does not fit the loss.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import is_psd
+        >>> quartic = lambda pred, target: (pred**2 - target) ** 2
+        >>> is_psd(quartic, jnp.array([2.0]), jnp.ones(1)), is_psd(quartic, jnp.array([0.1]), jnp.ones(1))
+        (True, False)
+    """
+    loss, pred = create_loss(loss), _check_small(pred)
     H = _dense(lambda u: loss.hessian_mv(u, pred, target, weight=weight, mask=mask), pred)
-    return bool(_definiteness(H) >= -_allowed(pred))
+    return _negativity(H) <= _allowed(pred)
 
 
-def _small(pred) -> Any:
+def _check_small(pred: Any) -> Any:
     "`pred` as arrays, if a dense matrix of it is no burden"
     check_floating(pred, "pred")
     pred = jax.tree.map(jnp.asarray, pred)
-    if (size := sum(leaf.size for leaf in jax.tree.leaves(pred))) > 2048:
-        raise ValueError(f"pred: got {size} numbers, expected at most 2048: dense matrices are made of it")
-    return pred
+    size = sum(leaf.size for leaf in jax.tree.leaves(pred))
+    if size <= 2048: return pred
+    raise ValueError(f"pred: got {size} numbers, expected at most 2048: dense matrices are made of it")
 
 # %% ../../nbs/operators/30_verification.ipynb #c55c4430
-def _loss_checks(loss, pred, target, given, key) -> list[Check]:
+def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
     "Every check that the loss's own claims call for"
     tol = _allowed(pred)
     total = lambda f: loss.total(f, target, **given)
+    gradient = loss.gradient(pred, target, **given)
     H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
-    checks = [Check("gradient is that of the value", _relative(loss.gradient(pred, target, **given), jax.grad(total)(pred)), tol),
+    checks = [Check("gradient is that of the value", _relative(gradient, jax.grad(total)(pred)), tol),
               Check("H is symmetric", _relative(H, H.T), tol)]
     if loss.is_hessian:
         by_jax = lambda u: jax.jvp(jax.grad(total), (pred,), (u,))[1]
-        checks.append(Check("H is the Hessian of the value", _relative(H, _dense(by_jax, pred)), 10 * tol))
-    try: S = _dense(lambda u: loss.factor_mv(u, pred, target, **given), pred)
-    except ValueError: S = None  # the loss has none
-    if S is not None:
-        transposed = _dense(lambda v: loss.factor_transpose_mv(v, pred, target, **given), pred)
-        checks += [Check("H is positive semi-definite", -_definiteness(H), tol), Check("S Sᵀ = H", _relative(S @ S.T, H), 10 * tol),
-                   Check("S and Sᵀ are adjoint", _relative(transposed, S.T), tol)]
+        error = _relative(H, _dense(by_jax, pred))
+        checks.append(Check("H is the Hessian of the value", error, 10 * tol))
+    checks += _square_root_checks(loss, pred, target, given, H)
     if loss.is_fisher and not given: checks.append(_fisher_check(loss, pred, H, key))
     return checks
 
+# %% ../../nbs/operators/30_verification.ipynb #a05edbea
+def _square_root_checks(loss: Loss, pred: Any, target: Any, given: dict, H: np.ndarray) -> list[Check]:
+    "That H = S Sᵀ, where the loss has a square root"
+    try: S = _dense(lambda u: loss.square_root_mv(u, pred, target, **given), pred)
+    except ValueError: return []
+    transposed = _dense(lambda v: loss.square_root_transpose_mv(v, pred, target, **given), pred)
+    tol = _allowed(pred)
+    return [Check("H is positive semi-definite", _negativity(H), tol),
+            Check("S Sᵀ = H", _relative(S @ S.T, H), 10 * tol),
+            Check("S and Sᵀ are adjoint", _relative(transposed, S.T), tol)]
+
 # %% ../../nbs/operators/30_verification.ipynb #45d290f8
-def _fisher_check(loss, pred, H, key, samples=4096) -> Check:
+def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array, num_draws: int = 4096) -> Check:
     "The mean outer product of the gradient at sampled targets, in standard errors from H"
     score = lambda k: ravel_pytree(loss.gradient(pred, loss.sample(k, pred)))[0]
-    g = np.asarray(jax.lax.map(score, jax.random.split(key, samples), batch_size=256), np.float64)
-    mean = g.T @ g / samples
-    spread = np.sqrt(np.maximum((g**2).T @ g**2 / samples - mean**2, 0) / samples)
+    g = np.asarray(jax.lax.map(score, jax.random.split(key, num_draws), batch_size=256), np.float64)
+    mean = g.T @ g / num_draws
+    variance = np.maximum((g**2).T @ g**2 / num_draws - mean**2, 0)
     floor = 1e-6 * np.max(np.abs(H), initial=0) + np.finfo(np.float64).tiny
+    error = np.max(np.abs(mean - H) / (np.sqrt(variance / num_draws) + floor), initial=0)
     allowed = 5 + np.sqrt(2 * np.log(max(H.size, 1)))
-    return Check("H is the Fisher information of the samples", float(np.max(np.abs(mean - H) / (spread + floor), initial=0)), float(allowed))
+    name = "H is the Fisher information of the samples"
+    return Check(name, float(error), float(allowed), "standard errors")
 
 # %% ../../nbs/operators/30_verification.ipynb #be0c8233
-def _parts(tree, n) -> list[Any]:
+def _parts(tree: Any, n: int) -> list[Any]:
     "The two halves along the leading axis, and all of it in reversed order"
-    return [jax.tree.map(lambda a: a[s], tree) for s in (slice(0, n // 2), slice(n // 2, n), slice(None, None, -1))]
+    slices = slice(0, n // 2), slice(n // 2, n), slice(None, None, -1)
+    return [jax.tree.map(lambda a: a[s], tree) for s in slices]
 
 
-def _chunk_checks(loss, pred, target, given, key) -> list[Check]:
+def _chunk_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
     "Totals, means and products of the parts are those of the whole"
-    shapes = [leaf.shape for leaf in jax.tree.leaves((pred, target, given))]
-    n = shapes[0][0] if shapes[0] else 0
-    if n < 2 or any(shape[:1] != (n,) for shape in shapes): return []  # no common leading axis to cut
-    tol, u = _allowed(pred), jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), pred)
+    n = _common_length((pred, target, given))
+    if n < 2: return []
+    tol = _allowed(pred)
+    u = jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), pred)
     whole = jax.tree.map(jnp.asarray, (u, pred, target, given))
     product = lambda u, f, y, w: loss.hessian_mv(u, f, y, **w)
     first, second, reverse = _parts(whole, n)
@@ -158,91 +236,150 @@ def _chunk_checks(loss, pred, target, given, key) -> list[Check]:
     return checks + [_mean_check(loss, whole, first, second, tol)]
 
 
-def _mean_check(loss, whole, first, second, tol) -> Check:
+def _common_length(tree: Any) -> int:
+    "The length of the leading axis that all leaves share; 0 where there is none"
+    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(tree)}
+    return lengths.pop()[0] if len(lengths) == 1 and () not in lengths else 0
+
+
+def _mean_check(loss: Loss, whole: Any, first: Any, second: Any, tol: float) -> Check:
     "The mean is the sum of the chunks' totals over the sum of their weights"
     total = lambda _, f, y, w: jax.tree.map(jnp.sum, loss.value(f, y, **w))
     weight = lambda _, f, y, w: loss.weight_sum(f, y, **w)
     add = lambda fn: jax.tree.map(jnp.add, fn(*first), fn(*second))
     mean = sum(jax.tree.leaves(jax.tree.map(jnp.divide, add(total), add(weight))))
     _, f, y, w = whole
-    return Check("the mean is the same in chunks", _relative(mean, loss.total(f, y, reduction="mean", **w)), tol)
+    error = _relative(mean, loss.total(f, y, reduction="mean", **w))
+    return Check("the mean is the same in chunks", error, tol)
 
 # %% ../../nbs/operators/30_verification.ipynb #114259a8
-def _operator_checks(G, key) -> list[Check]:
-    "Symmetry, definiteness, the dense matrix, chunks and order"
-    params, tol = G.unbound.params, _allowed(G.unbound.params)
-    name, formula, dense = ("G", "JᵀHJ", _dense_operator) if isinstance(G, GGN) else ("H", "∇²L", _dense_hessian)
-    if sum(leaf.size for leaf in jax.tree.leaves(params)) <= 512:
-        A = _dense(G, params)
-        checks = [Check(f"{name} is {formula}, dense", _relative(A, dense(G)), 10 * tol)]
-    else:
-        V = [jax.tree.map(lambda p: jax.random.normal(k, p.shape, p.dtype), params) for k in jax.random.split(key, 4)]
-        flat = lambda tree: np.asarray(ravel_pytree(tree)[0], np.float64)
-        A, checks = np.stack([[flat(u) @ flat(G(v)) for v in V] for u in V]), []
-    checks += [Check(f"{name} is symmetric", _relative(A, A.T), 10 * tol)]
-    if isinstance(G, GGN): checks += [Check("G is positive semi-definite", -_definiteness(A), 10 * tol)]
-    return checks + _operator_chunks(G, name, key, tol)
+def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
+    "The contract, the definition, chunks and order"
+    tol, name = 10 * _allowed(A.structure), A.symbol
+    vecs = _random_vectors(A, key, 4)
+    small = A.shape[0] <= 512
+    matrix = np.asarray(A.dense(), np.float64) if small else _inner_products(A, vecs)
+    checks = _definition_check(A, matrix, tol) if small else []
+    checks += [Check(f"{name} is symmetric", _relative(matrix, matrix.T), tol)]
+    if A.is_psd: checks += [Check(f"{name} is positive semi-definite", _negativity(matrix), tol)]
+    checks += _product_checks(A, vecs, tol)
+    return checks + (_sample_checks(A, vecs[0], tol) if isinstance(A, Curvature) else [])
 
 # %% ../../nbs/operators/30_verification.ipynb #176f79e3
-def _dense_operator(G) -> np.ndarray:
-    "factor · Jᵀ H J from dense matrices of J and of the whole batch's H"
-    unbound, data = G.unbound, G.data
-    forward = unbound.forward(data["input"])
-    flat, unravel = ravel_pytree(unbound.params)
-    pred = forward(unbound.params)
-    J = np.asarray(jax.jacrev(lambda p: ravel_pytree(forward(unravel(p)))[0])(flat), np.float64)
-    def scaled(u):
-        hu = unbound.hessian_product(u, pred, data)
-        return jax.tree.map(lambda c, head: jax.tree.map(lambda h: h * c.astype(h.dtype), head), unbound.factor, hu)
-    return J.T @ _dense(scaled, pred) @ J
+def _random_vectors(A: Operator, key: jax.Array, number: int) -> list[Any]:
+    "Trees of normal numbers like the parameters"
+    draw = lambda k: jax.tree.map(lambda s: jax.random.normal(k, s.shape, s.dtype), A.structure)
+    return [draw(k) for k in jax.random.split(key, number)]
 
 
-def _dense_hessian(H) -> np.ndarray:
-    "factor · ∇²L by differentiating the loss's value"
-    unbound, data = H.unbound, H.data
-    flat, unravel = ravel_pytree(unbound.params)
-    def total(p):
-        values = unbound.of_loss("value", unbound.forward(data["input"])(unravel(p)), data)
-        scaled = jax.tree.map(lambda c, head: c * sum(sum_entries(v).astype(c.dtype) for v in jax.tree.leaves(head)), unbound.factor, values)
-        return sum(jax.tree.leaves(scaled))
-    return np.asarray(jax.hessian(total)(flat), np.float64)
+def _inner_products(A: Operator, vecs: list[Any]) -> np.ndarray:
+    "uᵀ A v for all pairs of vectors"
+    flat = lambda tree: np.asarray(ravel_pytree(tree)[0], np.float64)
+    return np.stack([[flat(u) @ flat(A(v)) for v in vecs] for u in vecs])
 
 
-def _operator_chunks(G, name, key, tol) -> list[Check]:
-    "The product over parts of the data, where there is an axis to cut"
-    if not G.unbound.vmap_over_data or (n := jax.tree.leaves(G.data)[0].shape[0]) < 2: return []
-    v = jax.tree.map(lambda p: jax.random.normal(key, p.shape, p.dtype), G.unbound.params)
-    first, second, reverse = (G.unbound.bind(part)(v) for part in _parts(G.data, n))
-    return [Check(f"{name} is the sum over chunks", _relative(jax.tree.map(jnp.add, first, second), G(v)), 10 * tol),
-            Check(f"{name} is the same in reverse order", _relative(reverse, G(v)), 10 * tol)]
+def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]:
+    "The dense matrix against the operator's own definition, where it brings one"
+    expected = A.dense_oracle()
+    if expected is None: return []
+    return [Check(f"{A.symbol} is {A.definition}, dense", _relative(dense, expected), tol)]
+
+# %% ../../nbs/operators/30_verification.ipynb #81d8b3bd
+def _product_checks(A: Operator, vecs: list[Any], tol: float) -> list[Check]:
+    "Linearity, and many vectors against single ones"
+    u, v, *_ = vecs
+    add = lambda a, b: jax.tree.map(lambda a, b: a + 2 * b, a, b)
+    many = A.matmat(jax.tree.map(lambda *leaves: jnp.stack(leaves), u, v))
+    single = jax.tree.map(lambda *leaves: jnp.stack(leaves), A(u), A(v))
+    return [Check(f"{A.symbol} is linear", _relative(A(add(u, v)), add(A(u), A(v))), tol),
+            Check(f"{A.symbol} of many vectors is that of each", _relative(many, single), tol)]
+
+
+def _sample_checks(A: Curvature, vec: Any, tol: float) -> list[Check]:
+    "The product over parts of the samples, where there is an axis to cut"
+    n = _common_length(A.samples) if A.problem.vmap_over_data else 0
+    if n < 2: return []
+    on_part = lambda part: on_samples(type(A), A.problem, part, weigh=False)[0](vec)
+    first, second, reverse = map(on_part, _parts(A.samples, n))
+    joined = jax.tree.map(jnp.add, first, second)
+    return [Check(f"{A.symbol} is the sum over chunks", _relative(joined, A(vec)), tol),
+            Check(f"{A.symbol} is the same in reverse order", _relative(reverse, A(vec)), tol)]
 
 # %% ../../nbs/operators/30_verification.ipynb #26d00cb6
 def verify(
-    subject: Any,  # an operator of `create_ggn_mv`, `create_hessian_mv` or `create_fisher_mv`; or a loss: a name, a `Loss`, a callable loss(pred, target)
-    pred: Any = None,  # for a loss: where to look, a prediction of up to 2,048 numbers
-    target: Any = None,  # by default drawn by the loss's own sampler
+    subject: Operator | Loss | str | Callable,
+    pred: Any = None,
+    target: Any = None,
     *,
-    weight: Any = None,  # for a loss: one entry for each sample or position
-    mask: Any = None,  # likewise
-    key: jax.Array | None = None,  # of random vectors and samples; by default a fixed one
-    raise_on_failure: bool = False,  # raise `AssertionError` with the report, if a check fails
+    weight: Any = None,
+    mask: Any = None,
+    key: jax.Array | None = None,
+    raise_on_failure: bool = False,
 ) -> Report:
-    "Check a loss or an operator against its definition. `ValueError` where there is no prediction or target to check a loss at"
+    """Check a loss or an operator against its definition.
+
+    Arguments:
+
+    - `subject`: an operator of any kind, one's own as well; or a loss: a name, a `Loss`, or a
+      function loss(pred, target).
+    - `pred`: for a loss: where to look, a tree of up to 2,048 floating-point numbers.
+    - `target`: for a loss: as it takes it; by default drawn by its own sampler.
+    - `weight`: for a loss: one number ≥ 0 for each sample or position.
+    - `mask`: for a loss: one truth value for each sample or position.
+    - `key`: a JAX random key for random vectors and draws; by default a fixed one.
+    - `raise_on_failure`: raise where a check fails?
+
+    Returns:
+
+    A `Report`: a table of what was claimed, the error that was found, and how much is allowed.
+
+    Raises:
+
+    - `AssertionError`: a check failed, and `raise_on_failure` is True.
+    - `TypeError`: an operator on a stream.
+    - `ValueError`: a loss without a prediction, or without a target that it needs.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import Diagonal, verify
+        >>> print(verify(Diagonal(jnp.array([1.0, 2.0]))))
+        Diagonal(2 parameters): verified
+          ok      D is diag(entries), dense         error 0.0e+00, allowed 1.0e-03
+          ok      D is symmetric                    error 0.0e+00, allowed 1.0e-03
+          ok      D is linear                       error 0.0e+00, allowed 1.0e-03
+          ok      D of many vectors is that of each  error 0.0e+00, allowed 1.0e-03
+    """
     key = jax.random.key(0) if key is None else key
-    if isinstance(subject, Streamed): raise TypeError(f"subject: got {subject!r}, expected an operator on data in memory, or a loss")
-    if isinstance(subject, Operator):
-        report = Report(repr(subject), tuple(_operator_checks(subject, key)))
-    else:
-        report = _verify_loss(create_loss(subject), pred, target, weight, mask, key)
+    if isinstance(subject, Operator): report = _verify_operator(subject, key)
+    else: report = _verify_loss(create_loss(subject), pred, target, weight, mask, key)
     if raise_on_failure: report.raise_on_failure()
     return report
 
+
+def _verify_operator(A: Operator, key: jax.Array) -> Report:
+    "The report on an operator"
+    if not A.traceable:
+        raise TypeError(f"subject: got {type(A).__name__}, expected an operator on data in memory, "
+                        "or a loss")
+    return Report(repr(A), tuple(_operator_checks(A, key)))
+
 # %% ../../nbs/operators/30_verification.ipynb #a8dfafca
-def _verify_loss(loss, pred, target, weight, mask, key) -> Report:
+def _verify_loss(loss: Loss, pred: Any, target: Any, weight: Any, mask: Any, key: jax.Array) -> Report:
     "The report on a loss"
-    if pred is None: raise ValueError("pred: got None, expected a prediction to check the loss at")
-    pred, given = _small(pred), {k: v for k, v in (("weight", weight), ("mask", mask)) if v is not None}
-    if target is None and getattr(loss, "target", loss) is not None:
-        try: target = loss.sample(key, pred)
-        except ValueError as e: raise ValueError(f"target: got None, expected one, since this loss has no sampler ({e})") from None
-    return Report(repr(loss), (*_loss_checks(loss, pred, target, given, key), *_chunk_checks(loss, pred, target, given, key)))
+    if pred is None:
+        raise ValueError("pred: got None, expected a prediction to check the loss at")
+    pred = _check_small(pred)
+    given = {name: value for name, value in (("weight", weight), ("mask", mask)) if value is not None}
+    if target is None: target = _draw_target(loss, pred, key)
+    checks = _loss_checks(loss, pred, target, given, key)
+    return Report(repr(loss), (*checks, *_chunk_checks(loss, pred, target, given, key)))
+
+
+def _draw_target(loss: Loss, pred: Any, key: jax.Array) -> Any:
+    "A target from the loss's own sampler; None for a loss that has no target"
+    if getattr(loss, "read_target", loss) is None: return None
+    try: return loss.sample(key, pred)
+    except ValueError as e:
+        raise ValueError("target: got None, expected one, since this loss has no sampler "
+                         f"({e})") from None
