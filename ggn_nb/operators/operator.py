@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..tools.checks import batch_size as samples_in
 from ..losses.loss import Loss, check_reduction
 from ..losses.weights import raise_faults
-from .chunks import channels_last, map_over_chunks, sum_over_chunks
-from .streams import Batch, Stream, sum_over
+from .chunks import map_over_chunks, sum_over_chunks
+from .convolutions import channels_last
+from .batches import Batch, masked_samples
+from .samples import Samples, count_samples, name_parts, read_samples
+from .streams import Stream, sum_over_batches
 from ..tools.arrays import register_pytree, working_dtype
-from ..tools.checks import DATA_KEYS, check_data, check_like, check_scalar, check_size
+from ..tools.checks import check_like, check_scalar, check_size
 
 # %% ../../nbs/operators/08_operator.ipynb #3e144772
 def _worth_storing(primitive, *_, **__) -> bool:
@@ -164,7 +166,7 @@ class Unbound:
         def one(vectors, pred, data):
             more = {key: data[key] for key in ("weight", "mask", *extra)} | options
             return getattr(self.loss, method)(*vectors, pred, data["target"], **more)
-        return (jax.vmap(one) if self.vmap_over_data else one)(vectors, pred, {key: data[key] for key in DATA_KEYS[1:]})
+        return (jax.vmap(one) if self.vmap_over_data else one)(vectors, pred, {key: data[key] for key in Samples._fields[1:]})
 
     def scaled(self, tree: Any) -> Any:
         "factor · tree, shaped like a prediction, each leaf in its own dtype"
@@ -307,10 +309,9 @@ def _look_over(unbound: Unbound, data: dict, weigh: bool) -> tuple[dict[str, jax
 def bind(unbound: Unbound, data: Mapping | Stream, *, weigh: bool) -> tuple["Operator | Streamed", Any]:
     "The operator on checked data and, where it is asked for, the sum of the weights that count"
     if isinstance(data, Stream): return _bind_stream(unbound, data, weigh)
-    check_data(data)
-    data = {key: data.get(key) for key in DATA_KEYS}
+    data = read_samples(data)._asdict()
     if unbound.vmap_over_data or unbound.batch_size is not None or unbound.loss.indexed:
-        n = samples_in(data, DATA_KEYS)
+        n = count_samples(Samples(**data), Samples._fields)
         if data["index"] is None and unbound.loss.indexed: data["index"] = jnp.arange(n)
     unbound = replace(unbound, layout=layout_of(unbound, data))
     op = unbound.bound(unbound, data)
@@ -321,13 +322,7 @@ def bind(unbound: Unbound, data: Mapping | Stream, *, weigh: bool) -> tuple["Ope
 # %% ../../nbs/operators/08_operator.ipynb #7c2317d9
 def _of_batch(unbound: Unbound, batch: Batch) -> dict:
     "The data of a batch: rows that were added to fill it are masked, and samples are numbered through the stream"
-    data, rows = {key: batch.data.get(key) for key in DATA_KEYS}, batch.counted
-    def and_counted(mask):
-        if mask.shape[:1] != rows.shape: raise ValueError(f"data['mask']: got shape {mask.shape}, expected {rows.shape[0]} rows")
-        return mask & jnp.broadcast_to(rows.reshape(-1, *[1] * (mask.ndim - 1)), mask.shape)
-    data["mask"] = rows if data["mask"] is None else jax.tree.map(and_counted, data["mask"])
-    if unbound.loss.indexed and data["index"] is None: data["index"] = batch.start + jnp.arange(rows.size)
-    return data
+    return masked_samples(batch, numbered=unbound.loss.indexed)._asdict()
 
 
 @jax.jit
@@ -360,12 +355,12 @@ class Streamed:
     def __call__(self, vec: Any) -> Any:
         "A vec; `vec` and the result have the structure, shapes and dtypes of the parameters"
         check_like(vec, self.unbound.params, "vec", "params")
-        return sum_over(self.data, _batch_product, self.unbound, vec)
+        return sum_over_batches(self.data, _batch_product, self.unbound, vec)
 
     def matmat(self, vecs: Any, *, vector_batch_size: int | None = None) -> Any:
         "A times K vectors, a pytree like the parameters with one more axis in front, in one pass or one for each group of vectors"
         products = _each_batch_product if vector_batch_size is None and jax.default_backend() == "cpu" else _batch_products
-        return _in_groups(partial(sum_over, self.data, products, self.unbound), vecs, self.unbound.params, vector_batch_size)
+        return _in_groups(partial(sum_over_batches, self.data, products, self.unbound), vecs, self.unbound.params, vector_batch_size)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.unbound!r}, {self.samples:,} samples in {self.data!r})"
@@ -374,7 +369,7 @@ class Streamed:
 def _bind_stream(unbound: Unbound, stream: Stream, weigh: bool) -> tuple[Streamed, Any]:
     "The operator on a stream that was read and checked once and, where it is asked for, the sum of the weights that count"
     unbound = replace(unbound, layout=layout_of(unbound))
-    faults, weights, samples = sum_over(stream, partial(_look_over_batch, weigh=weigh), unbound)
+    faults, weights, samples = sum_over_batches(stream, partial(_look_over_batch, weigh=weigh), unbound)
     raise_faults(faults)
     return Streamed(unbound, stream, int(samples)), weights
 
@@ -392,7 +387,7 @@ def _ratio(total, curv) -> float | jax.Array:
 def _factor_of(reduction, data, curv, total) -> float | jax.Array:
     "What multiplies the sum over samples, or their mean; for a stream whose samples are not counted yet, times their number"
     if reduction == "sum":
-        if curv is None: curv = 1 if isinstance(data, Stream) else samples_in(data)
+        if curv is None: curv = 1 if isinstance(data, Stream) else count_samples(name_parts(data))
         return _ratio(curv if total is None else total, curv)
     if curv is not None: raise ValueError(f"num_curv_samples: got {curv}, expected None: a mean divides by the sum of the weights")
     return _ratio(1 if total is None else total, 1)
@@ -420,7 +415,7 @@ def bind_scaled(
 ) -> Operator | Streamed:
     "The operator on its data, scaled; with its linearisation, if the policy is to keep one"
     check_reduction(reduction)
-    if not isinstance(data, Stream): check_data(data)
+    if not isinstance(data, Stream): name_parts(data)
     op, weights = bind(make(_factor_of(reduction, data, num_curv_samples, num_total_samples)), data, weigh=reduction == "mean")
     if reduction == "mean": return _kept(_mean(op, weights))
     if isinstance(op, Streamed) and num_curv_samples is None and num_total_samples is not None: return _divided(op, op.samples)

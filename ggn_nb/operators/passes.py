@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/operators/02_passes.ipynb #ddd2aa44
+# %% ../../nbs/operators/02_passes.ipynb #189e2175
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from ggn_nb.operators.samples import Samples
 
-# %% ../../nbs/operators/02_passes.ipynb #d619948e
+# %% ../../nbs/operators/02_passes.ipynb #9a83fb8f
 def checksum(samples: Samples) -> int:
     "CRC-32 of structure, shapes and dtypes, and of the bytes that are in the host's memory"
     leaves, treedef = jax.tree.flatten(samples)
@@ -32,11 +32,11 @@ def _is_on_host(leaf) -> bool:
 
 def _bytes_of(leaf) -> np.ndarray: return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
 
-# %% ../../nbs/operators/02_passes.ipynb #255d1b20
+# %% ../../nbs/operators/02_passes.ipynb #0b9e9f8f
 class Pass(NamedTuple):
     "What one pass over a source has shown"
 
-    checksums: list = []  # of its batches; None for those that were not checked
+    checksums: Sequence[int | None] = ()  # of its batches; None for those that were not checked
     complete: bool = False  # did it reach the end?
 
     @property
@@ -57,7 +57,7 @@ class PassRecord:
         if ended.complete or len(ended.checksums) > len(known.checksums):
             self.longest = ended._replace(complete=ended.complete or known.complete)
 
-# %% ../../nbs/operators/02_passes.ipynb #e1ad5409
+# %% ../../nbs/operators/02_passes.ipynb #c33b1971
 def check_batch(number: int, crc: int, earlier: Pass) -> None:
     "Raise `ValueError` unless batch `number` is the one that an earlier pass had in its place"
     known = earlier.checksums
@@ -76,7 +76,7 @@ def _raise_changed(what: str) -> None:
                      "Shuffling and random augmentation are the usual causes: switch them off, "
                      "or pass check=False if a change does no harm")
 
-# %% ../../nbs/operators/02_passes.ipynb #d0e40114
+# %% ../../nbs/operators/02_passes.ipynb #1fce1f03
 def check_end(number: int, earlier: Pass, check: bool) -> None:
     "Raise `ValueError` where a pass had no batches or, if `check`, fewer than an earlier one"
     known = len(earlier.checksums)
@@ -87,7 +87,7 @@ def check_end(number: int, earlier: Pass, check: bool) -> None:
     if check and number < known:
         _raise_changed(f"got {number} batches, expected {known} as in an earlier pass")
 
-# %% ../../nbs/operators/02_passes.ipynb #ff031e6f
+# %% ../../nbs/operators/02_passes.ipynb #c13925bf
 def compare_passes(
     batches: Iterable[Samples],  # of one pass
     record: PassRecord,  # of earlier passes; this one is added when it ends
