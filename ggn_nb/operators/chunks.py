@@ -61,6 +61,16 @@ def _take_rest(data: Any, sizes: ChunkSizes) -> Any:
     "The last `rest` samples"
     return jax.tree.map(lambda leaf: leaf[len(leaf) - sizes.rest :], data)
 
+# %% ../../nbs/operators/04_chunks.ipynb #0c0df034
+def _num_rows(data: Any) -> int:
+    "The length of the leading axis that all leaves share"
+    return jax.tree.leaves(data)[0].shape[0]
+
+
+def _is_one_chunk(data: Any, batch_size: int | None) -> bool:
+    "Are all samples taken at once?"
+    return batch_size is None or batch_size >= _num_rows(data)
+
 # %% ../../nbs/operators/04_chunks.ipynb #e641f1a1
 def sum_over_chunks(
     fn: Callable,  # data -> pytree of arrays; sums over the samples of `data`
@@ -68,8 +78,8 @@ def sum_over_chunks(
     batch_size: int | None,  # at most so many samples at once
 ) -> Any:  # as `fn(data)` returns it
     "Σ `fn(chunk)` over chunks of the data, one at a time; taken in float32 or better"
+    if _is_one_chunk(data, batch_size): return fn(data)
     sizes = chunk_sizes(_num_rows(data), batch_size)
-    if sizes.count == 1 and not sizes.rest: return fn(data)
     summand = jax.jit(lambda i: fn(_take_chunk(data, i, sizes)))  # traced once, for shapes and loop
     steps = jnp.arange(sizes.count)
     like = jax.eval_shape(summand, steps[0])
@@ -77,9 +87,6 @@ def sum_over_chunks(
     total, _ = lax.scan(add_chunk, jax.tree.map(_zeros_to_add_to, like), steps)
     if sizes.rest: total = _add(total, fn(_take_rest(data, sizes)))
     return jax.tree.map(lambda t, s: t.astype(s.dtype), total, like)
-
-
-def _num_rows(data) -> int: return jax.tree.leaves(data)[0].shape[0]
 
 
 def _add(total, value) -> Any: return jax.tree.map(lambda t, v: t + v.astype(t.dtype), total, value)
@@ -98,8 +105,8 @@ def map_over_chunks(
     batch_size: int | None,  # at most so many samples at once
 ) -> Any:  # as `fn(params, data)` returns it; its derivative in `params` sums in float32 or better
     "`fn(params, chunk)` for chunks of the data, one at a time, with rows in the order of the samples"
+    if _is_one_chunk(data, batch_size): return fn(params, data)
     sizes = chunk_sizes(_num_rows(data), batch_size)
-    if batch_size is None or sizes.count == 1 and not sizes.rest: return fn(params, data)
     wide = jax.tree.map(lambda p: p.astype(working_dtype(p.dtype)), params)
     def result_of(chunk):
         narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params)
