@@ -208,17 +208,19 @@ def create_operator(
     _check_scale(scale)
     problem = make_problem(model_fn, params, loss, 1.0, vmap_over_data=vmap_over_data,
                            batch_size=batch_size, linearize=linearize)
-    operator, weights = _on_data(kind, problem, data, weigh=reduction == "mean")
-    factor = _factor_of(scale, _num_samples(operator, scale), weights)
+    source = data if isinstance(data, Stream) else read_samples(data)
+    num_samples = _count_in_memory(source, scale)
+    operator, weights = _on_data(kind, problem, source, weigh=reduction == "mean")
+    if isinstance(operator, Streamed): num_samples = operator.num_samples
+    factor = _factor_of(scale, num_samples, weights)
     operator = replace(operator, problem=replace(operator.problem, factor=factor))
     return operator if linearize == "recomputed" else operator.linearized()
 
 
-def _num_samples(operator: Curvature | Streamed, scale: _Scale) -> int:
-    "How many samples there are, where the factor depends on it"
-    if isinstance(operator, Streamed): return operator.num_samples
+def _count_in_memory(source: Samples | Stream, scale: _Scale) -> int:
+    "The number of samples, where the factor depends on it and it is known without a pass; else 0"
     needed = scale.reduction == "sum" and scale.num_curv_samples is None
-    return count_samples(operator.samples) if needed else 0
+    return count_samples(source) if needed and isinstance(source, Samples) else 0
 
 # %% ../../nbs/operators/14_creation.ipynb #2a90144b
 Function = TypeVar("Function", bound=Callable)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ..losses.loss import Loss
 from ..losses.weights import raise_faults
 from .chunks import map_over_chunks, sum_over_chunks
-from .chunks import channels_last
+from .convolutions import channels_last
 from .layout import Layout, layout_of
 from .operator import Operator, register_operator, scale_tree, structure_of
 from .policies import Linearize, checkpoint_policy
@@ -158,10 +158,12 @@ class Curvature(Operator):
 
     def multiply(self, vec: Any) -> Any:
         """The product, from the stored linearisation or from scratch, laid out like the params."""
-        operator = jax.lax.optimization_barrier(self)
-        from_scratch = operator.linearization is None
-        multiply = _multiply_from_scratch if from_scratch else _multiply_linearized
-        return self.problem.layout.like_params(multiply(operator, vec))
+        return self.problem.layout.like_params(_multiply(self, vec))
+
+    def multiply_many(self, vecs: Any) -> Any:
+        """The products with K vectors at once, laid out like the params."""
+        products = jax.vmap(partial(_multiply, self))(vecs)
+        return self.problem.layout.like_params(products, leading_axes=1)
 
     def matmat(self, vecs: Any, *, vector_batch_size: int | None = None) -> Any:
         """The products with K vectors; see `Operator.matmat`.
@@ -195,6 +197,13 @@ def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
     problem, samples = jax.lax.optimization_barrier((operator.problem, operator.samples))
     return on_each_device(problem, type(operator).linearize)(problem, samples)
+
+
+def _multiply(operator: Curvature, vec: Any) -> Any:
+    "The product, from the stored linearisation or from scratch"
+    operator = jax.lax.optimization_barrier(operator)
+    from_scratch = operator.linearization is None
+    return (_multiply_from_scratch if from_scratch else _multiply_linearized)(operator, vec)
 
 
 def _multiply_from_scratch(operator: Curvature, vec: Any) -> Any:

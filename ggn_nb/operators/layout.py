@@ -29,11 +29,12 @@ class Layout:
         "Among how many devices the samples are shared out"
         return prod(self.mesh.shape[axis] for axis in self.axes)
 
-    def like_params(self, tree: Any) -> Any:
-        "`tree`, which is like the parameters, sharded like them"
+    def like_params(self, tree: Any, leading_axes: int = 0) -> Any:
+        "`tree`, like the parameters but for some axes in front, sharded like them"
         def constrain(leaf, sharding):
             if sharding is None: return leaf
-            return jax.lax.with_sharding_constraint(leaf, sharding)
+            spec = PartitionSpec(*[None] * leading_axes, *sharding.spec)
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten(map(constrain, leaves, self.params))
 
