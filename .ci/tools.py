@@ -22,19 +22,32 @@ from nbdev.config import get_config
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, DOCS = ROOT / "nbs", ROOT / "_docs"
-FOLDERS = ["tutorials", "how-to", "losses", "operators", "layers", "linalg", "timing", ".", "tools"]  # as in the sidebar
+CONTENTS = [  # of nbs/ and of the site, in reading order: a page of its own, or a folder with its section's title
+    "index.ipynb",
+    ("tutorials", "Tutorials"),
+    "demo.ipynb",
+    ("how-to", "How-to"),
+    "map.ipynb",
+    ("losses", "Losses"),
+    ("operators", "Operators"),
+    ("layers", "Layers"),
+    ("linalg", "Linear algebra"),
+    ("timing", "Timing"),
+    ("tools", "Tools"),
+]
+
+
+def in_folder(folder: str) -> list[Path]:
+    """The notebooks of a folder: its index, then by number."""
+    return sorted((NBS / folder).glob("*.ipynb"), key=lambda path: (path.name != "index.ipynb", path.name))
 
 
 def notebooks() -> list[Path]:
     """Every notebook of the project, in reading order."""
-
-    def order(path: Path) -> tuple:
-        folder = path.parent.relative_to(NBS).as_posix()
-        home = folder == "." and path.name == "index.ipynb"
-        return not home, FOLDERS.index(folder), path.name != "index.ipynb", path.name
-
-    found = (p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
-    return sorted(found, key=order)
+    found: list[Path] = []
+    for entry in CONTENTS:
+        found += [NBS / entry] if isinstance(entry, str) else in_folder(entry[0])
+    return found
 
 
 # Run
@@ -61,7 +74,8 @@ def execute(path: Path, flags: str = "") -> nbformat.NotebookNode:
         if skip & marks.keys() or marks.get("eval") == "false":
             cell.metadata["tags"] = ["skip-execution"]
     where = {"metadata": {"path": str(path.parent)}}
-    return NotebookClient(nb, timeout=900, kernel_name="python3", resources=where, record_timing=False).execute()
+    settings = {"timeout": 900, "record_timing": False, "coalesce_streams": True}
+    return NotebookClient(nb, kernel_name="python3", resources=where, **settings).execute()
 
 
 def run(paths: list[str], flags: str = "") -> None:
@@ -78,16 +92,15 @@ def run(paths: list[str], flags: str = "") -> None:
 
 
 def sidebar() -> str:
-    """The site's contents as YAML: the core notebooks, then one section for each folder."""
+    """The site's contents as YAML: pages of their own, and one section for each folder."""
     contents: list = []
-    for path in (p.relative_to(NBS) for p in notebooks()):
-        folder = path.parent.as_posix()
-        if folder == ".":
-            contents.append(path.as_posix())
+    for entry in CONTENTS:
+        if isinstance(entry, str):
+            contents.append(entry)
             continue
-        if not (isinstance(contents[-1], dict) and contents[-1]["section"] == folder.capitalize()):
-            contents.append({"section": folder.capitalize(), "contents": []})
-        contents[-1]["contents"].append(path.as_posix())
+        folder, title = entry
+        pages = [path.relative_to(NBS).as_posix() for path in in_folder(folder)]
+        contents.append({"section": title, "contents": pages})
     head = "# Made from the notebooks' folders by `make prepare`.\n"
     return head + yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False)
 

@@ -54,13 +54,44 @@ def test_every_notebook_is_a_page(site):
 
 def missing(url: str, base: str, pages: dict[str, BeautifulSoup]) -> bool:
     """Whether a link on the page `base` leads to no file or no anchor of the site."""
-    parts = urlsplit(urljoin(base, url))
+    target = urljoin(HOME + base, url)
+    if not target.startswith(HOME):
+        return True
+    parts = urlsplit(target.removeprefix(HOME))
     path = posixpath.normpath(unquote(parts.path)) if parts.path else "."
     if (DOCS / path).is_dir():
         path = posixpath.normpath(path + "/index.html")
     if not (DOCS / path).is_file():
         return True
     return bool(parts.fragment) and pages[path].find(id=unquote(parts.fragment)) is None
+
+
+def follow(base: str, page: BeautifulSoup, selector: str) -> str | None:
+    """The page of the site that the first such link on the page `base` leads to."""
+    link = page.select_one(selector)
+    return link and posixpath.normpath(urljoin(base, link["href"]))
+
+
+def test_pages_lead_from_one_to_the_next(site):
+    """By the links at their feet, in reading order: the first tutorial comes after the home page, the tools come last."""
+    assert PAGES[:2] == ["index.html", "tutorials/first_product.html"]
+    assert PAGES[-1].startswith("tools/")
+    forwards = [follow(name, site[name], ".nav-page-next a") for name in PAGES]
+    backwards = [follow(name, site[name], ".nav-page-previous a") for name in PAGES]
+    assert forwards == [*PAGES[1:], None]
+    assert backwards == [None, *PAGES[:-1]]
+
+
+def test_sidebar_lists_every_page_in_reading_order(site):
+    for base, page in site.items():
+        entries = [link["href"] for link in page.select("#quarto-sidebar a.sidebar-link[href]")]
+        assert [posixpath.normpath(urljoin(base, url)) for url in entries if url[0] != "#"] == PAGES
+
+
+def test_home_page_leads_everywhere(site):
+    """It links every page, but one whose result does not exist yet."""
+    linked = {posixpath.normpath(url.partition("#")[0]) for url, _ in links(site["index.html"].select_one("main"))}
+    assert set(PAGES) - linked == {"index.html", "timing/large.html"}
 
 
 def links(page: BeautifulSoup):

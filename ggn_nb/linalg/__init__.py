@@ -1,0 +1,3 @@
+"""Linear algebra on operators: solve, invert, factor, sample. Nothing is exported yet."""
+
+__all__: list[str] = []
