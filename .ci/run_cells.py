@@ -38,9 +38,13 @@ def read_directives(source: str) -> dict[str, str]:
 
 
 def use_package(folder: Path) -> None:
-    """Import the package from this repository; where it is not installed, its version is written to `folder`."""
+    """Import the package from this repository, in processes that a cell starts too.
+
+    Where it is not installed, its version is written to `folder`, for importlib.metadata to find.
+    """
     settings = read_settings()
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(folder)]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(folder), os.environ.get("PYTHONPATH", "")])
     try:
         version(settings["lib_name"])
     except PackageNotFoundError:
@@ -48,7 +52,6 @@ def use_package(folder: Path) -> None:
         info = folder / f"{name}-{number}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
-        sys.path.append(str(folder))
 
 
 class Runner:

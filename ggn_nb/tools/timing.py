@@ -10,6 +10,8 @@ __all__ = ['time_once', 'measured_where', 'Timings', 'keep_measurement', 'compar
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -403,6 +405,17 @@ def count_compiles() -> Iterator[CompileCount]:
     jax.monitoring.register_event_duration_secs_listener(listen)
     try: yield compiled
     finally: unregister_event_duration_listener(listen)
+
+# %% ../../nbs/tools/04_timing.ipynb #1533e8e7
+def run_script(
+    path: str | os.PathLike,  # a Python script
+    *args: Any,  # its arguments
+) -> Any:  # what its last line says
+    "Run a script in a process of its own, and read the JSON that it prints; its errors are raised"
+    command = [sys.executable, str(path), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"{path}: {done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 # %% ../../nbs/tools/04_timing.ipynb #f5dea880
 _NUM_SAMPLES = {"MLP": 512, "CNN": 128, "transformer": 8, "unrolled transformer": 8}
