@@ -104,10 +104,10 @@ class Unbound:
         >>> import jax.numpy as jnp
         >>> from ggn_nb import create_ggn_mv_without_data
         >>> model = lambda input, params: input * params
-        >>> mv = create_ggn_mv_without_data(model, jnp.array(1.0), "mse", factor=1.0)
-        >>> data = {"input": jnp.array([1.0, 2.0]), "target": jnp.zeros(2)}
-        >>> mv(jnp.array(1.0), data)
-        Array(10., dtype=float32)
+        >>> mv = create_ggn_mv_without_data(model, jnp.ones(2), "mse", factor=1.0)
+        >>> data = {"input": jnp.ones((3, 2)), "target": jnp.zeros((3, 2))}
+        >>> mv(jnp.ones(2), data)
+        Array([6., 6.], dtype=float32)
     """
 
     problem: Problem
@@ -177,7 +177,8 @@ def _ratio(total: Any, by: Any) -> jax.Array:
     if not any(isinstance(value, jax.Array) for value in (total, by)):
         return as_array(float(total) / float(by), jnp.result_type(float))
     default = jnp.result_type(float)
-    by = jnp.asarray(by) if jnp.issubdtype(jnp.result_type(by), jnp.floating) else jnp.asarray(by, default)
+    floating = jnp.issubdtype(jnp.result_type(by), jnp.floating)
+    by = jnp.asarray(by, None if floating else default)
     dtype = working_dtype(default, by.dtype)
     return jnp.asarray(total, dtype) / by.astype(dtype)
 
@@ -203,7 +204,8 @@ def create_operator(
     linearize: Linearize | None = None,
 ) -> Any:
     "A curvature operator from the arguments of its `create_*` function"
-    linearize = check_linearize(linearize, check_size(batch_size, "batch_size"), isinstance(data, Stream))
+    batch_size = check_size(batch_size, "batch_size")
+    linearize = check_linearize(linearize, batch_size, isinstance(data, Stream))
     scale = _Scale(reduction, num_curv_samples, num_total_samples)
     _check_scale(scale)
     problem = make_problem(model_fn, params, loss, 1.0, vmap_over_data=vmap_over_data,

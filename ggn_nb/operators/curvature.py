@@ -62,8 +62,8 @@ class Problem:
         policy = checkpoint_policy(self.linearize)
         return jax.linearize(jax.checkpoint(fn, policy=policy, prevent_cse=False), self.params)
 
-    def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options: Any) -> Any:
-        "A method of the loss, for each sample or for all at once: whatever the model was called with"
+    def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options) -> Any:
+        "A method of the loss, for each sample or for all at once: as the model is called"
         def call(vectors, pred, samples):
             given = {"weight": samples.weight, "mask": samples.mask} | options
             if self.loss.indexed: given["index"] = samples.index
@@ -225,8 +225,10 @@ def _multiply_linearized(operator: Curvature, vec: Any) -> Any:
 
 # %% ../../nbs/operators/12_curvature.ipynb #a1a196cb
 @partial(jax.jit, static_argnums=(0, 3))
-def inspect_samples(kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool) -> tuple:
-    "What is wrong with the numbers: message -> how often; and, if asked for, the sum of the weights"
+def inspect_samples(
+    kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool
+) -> tuple:  # message -> how often; the sum of the weights for each head, if `weigh`
+    "What is wrong with the numbers and, if asked for, the sum of the weights"
     look = lambda problem, samples: _inspect_chunk(kind, problem, samples, weigh)
     return sum_over_samples(problem, look, problem, samples)
 
@@ -248,7 +250,7 @@ def on_samples(
     problem: Problem,
     samples: Samples,
     weigh: bool,  # is the sum of the weights wanted?
-) -> tuple[Curvature, Any]:  # the operator; the sum of the weights that count, one for each head, or None
+) -> tuple[Curvature, Any]:  # the operator; the sum of the weights for each head, or None
     "The operator of a problem on samples that were looked over; nothing is stored"
     if problem.vmap_over_data or problem.batch_size is not None or problem.loss.indexed:
         count_samples(samples, Samples._fields)  # raises unless there is one leading axis

@@ -71,12 +71,13 @@ def _axes_of(spec: Any) -> tuple[str, ...]:
 def layout_of(
     params: Any,  # pytree of arrays
     carried: Any,  # pytree with all arrays that every device needs whole: parameters, options
-    samples: Any = None,  # pytree of arrays with a leading axis of samples, of which the model sees one; None: not so
+    samples: Any = None,  # pytree with a leading axis of samples, of which the model sees one
 ) -> Layout:
     "Where the parameters are, and the axes along which each device can sum over its own samples"
     shardings = tuple(map(_sharding, jax.tree.leaves(params)))
     found = {(s.mesh, _axes_of(s.spec[:1])) for s in map(_sharding, jax.tree.leaves(samples)) if s}
     split = [(mesh, axes) for mesh, axes in found if axes]
-    taken = {axis for s in map(_sharding, jax.tree.leaves(carried)) if s for axis in _axes_of(s.spec)}
+    whole = [s for s in map(_sharding, jax.tree.leaves(carried)) if s]
+    taken = {axis for s in whole for axis in _axes_of(s.spec)}
     if len(split) != 1 or taken & set(split[0][1]): return Layout(shardings)
     return Layout(shardings, *split[0])

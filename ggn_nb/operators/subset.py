@@ -139,12 +139,13 @@ def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callabl
         >>> import jax.numpy as jnp
         >>> from ggn_nb import create_ggn_mv, select_params
         >>> model = lambda input, params: params["head"] * jnp.tanh(params["body"] * input)
-        >>> params = {"body": jnp.array(1.0), "head": jnp.array(2.0)}
+        >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
         >>> head, head_params = select_params(model, params, "head")
         >>> head_params
-        {'body': None, 'head': Array(2., dtype=float32)}
-        >>> create_ggn_mv(head, head_params, {"input": jnp.ones(3), "target": jnp.ones(3)}, "mse").shape
-        (1, 1)
+        {'body': None, 'head': Array([1., 1.], dtype=float32)}
+        >>> data = {"input": jnp.ones((3, 2)), "target": jnp.ones((3, 2))}
+        >>> create_ggn_mv(head, head_params, data, "mse").shape
+        (2, 2)
     """
     model_fn, chosen = function_as_pytree(model_fn, "model_fn"), _chosen(select, params)
     leaves, structure = jax.tree.flatten(params)
