@@ -57,7 +57,7 @@ def wheel(once) -> Path:
 def test_wheel_holds_the_package_alone(wheel):
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "ggn_nb").rglob("*.py")}
     files = set(zipfile.ZipFile(wheel).namelist())
-    assert {f for f in files if ".dist-info/" not in f} == modules
+    assert {f for f in files if ".dist-info/" not in f} == modules | {"ggn_nb/py.typed"}
     assert any(f.endswith("licenses/LICENSE") for f in files)
 
 

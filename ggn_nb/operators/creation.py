@@ -104,10 +104,10 @@ class Unbound:
         >>> import jax.numpy as jnp
         >>> from ggn_nb import create_ggn_mv_without_data
         >>> model = lambda input, params: input * params
-        >>> mv = create_ggn_mv_without_data(model, jnp.array(1.0), "mse", factor=1.0)
-        >>> data = {"input": jnp.array([1.0, 2.0]), "target": jnp.zeros(2)}
-        >>> mv(jnp.array(1.0), data)
-        Array(10., dtype=float32)
+        >>> mv = create_ggn_mv_without_data(model, jnp.ones(2), "mse", factor=1.0)
+        >>> data = {"input": jnp.ones((3, 2)), "target": jnp.zeros((3, 2))}
+        >>> mv(jnp.ones(2), data)
+        Array([6., 6.], dtype=float32)
     """
 
     problem: Problem
@@ -177,7 +177,8 @@ def _ratio(total: Any, by: Any) -> jax.Array:
     if not any(isinstance(value, jax.Array) for value in (total, by)):
         return as_array(float(total) / float(by), jnp.result_type(float))
     default = jnp.result_type(float)
-    by = jnp.asarray(by) if jnp.issubdtype(jnp.result_type(by), jnp.floating) else jnp.asarray(by, default)
+    floating = jnp.issubdtype(jnp.result_type(by), jnp.floating)
+    by = jnp.asarray(by, None if floating else default)
     dtype = working_dtype(default, by.dtype)
     return jnp.asarray(total, dtype) / by.astype(dtype)
 
@@ -203,22 +204,25 @@ def create_operator(
     linearize: Linearize | None = None,
 ) -> Any:
     "A curvature operator from the arguments of its `create_*` function"
-    linearize = check_linearize(linearize, check_size(batch_size, "batch_size"), isinstance(data, Stream))
+    batch_size = check_size(batch_size, "batch_size")
+    linearize = check_linearize(linearize, batch_size, isinstance(data, Stream))
     scale = _Scale(reduction, num_curv_samples, num_total_samples)
     _check_scale(scale)
     problem = make_problem(model_fn, params, loss, 1.0, vmap_over_data=vmap_over_data,
                            batch_size=batch_size, linearize=linearize)
-    operator, weights = _on_data(kind, problem, data, weigh=reduction == "mean")
-    factor = _factor_of(scale, _num_samples(operator, scale), weights)
+    source = data if isinstance(data, Stream) else read_samples(data)
+    num_samples = _count_in_memory(source, scale)
+    operator, weights = _on_data(kind, problem, source, weigh=reduction == "mean")
+    if isinstance(operator, Streamed): num_samples = operator.num_samples
+    factor = _factor_of(scale, num_samples, weights)
     operator = replace(operator, problem=replace(operator.problem, factor=factor))
     return operator if linearize == "recomputed" else operator.linearized()
 
 
-def _num_samples(operator: Curvature | Streamed, scale: _Scale) -> int:
-    "How many samples there are, where the factor depends on it"
-    if isinstance(operator, Streamed): return operator.num_samples
+def _count_in_memory(source: Samples | Stream, scale: _Scale) -> int:
+    "The number of samples, where the factor depends on it and it is known without a pass; else 0"
     needed = scale.reduction == "sum" and scale.num_curv_samples is None
-    return count_samples(operator.samples) if needed else 0
+    return count_samples(source) if needed and isinstance(source, Samples) else 0
 
 # %% ../../nbs/operators/14_creation.ipynb #2a90144b
 Function = TypeVar("Function", bound=Callable)

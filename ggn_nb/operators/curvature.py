@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ..losses.loss import Loss
 from ..losses.weights import raise_faults
 from .chunks import map_over_chunks, sum_over_chunks
-from .chunks import channels_last
+from .convolutions import channels_last
 from .layout import Layout, layout_of
 from .operator import Operator, register_operator, scale_tree, structure_of
 from .policies import Linearize, checkpoint_policy
@@ -62,8 +62,8 @@ class Problem:
         policy = checkpoint_policy(self.linearize)
         return jax.linearize(jax.checkpoint(fn, policy=policy, prevent_cse=False), self.params)
 
-    def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options: Any) -> Any:
-        "A method of the loss, for each sample or for all at once: whatever the model was called with"
+    def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options) -> Any:
+        "A method of the loss, for each sample or for all at once: as the model is called"
         def call(vectors, pred, samples):
             given = {"weight": samples.weight, "mask": samples.mask} | options
             if self.loss.indexed: given["index"] = samples.index
@@ -158,10 +158,12 @@ class Curvature(Operator):
 
     def multiply(self, vec: Any) -> Any:
         """The product, from the stored linearisation or from scratch, laid out like the params."""
-        operator = jax.lax.optimization_barrier(self)
-        from_scratch = operator.linearization is None
-        multiply = _multiply_from_scratch if from_scratch else _multiply_linearized
-        return self.problem.layout.like_params(multiply(operator, vec))
+        return self.problem.layout.like_params(_multiply(self, vec))
+
+    def multiply_many(self, vecs: Any) -> Any:
+        """The products with K vectors at once, laid out like the params."""
+        products = jax.vmap(partial(_multiply, self))(vecs)
+        return self.problem.layout.like_params(products, leading_axes=1)
 
     def matmat(self, vecs: Any, *, vector_batch_size: int | None = None) -> Any:
         """The products with K vectors; see `Operator.matmat`.
@@ -197,6 +199,13 @@ def _linearize(operator: Curvature) -> Any:
     return on_each_device(problem, type(operator).linearize)(problem, samples)
 
 
+def _multiply(operator: Curvature, vec: Any) -> Any:
+    "The product, from the stored linearisation or from scratch"
+    operator = jax.lax.optimization_barrier(operator)
+    from_scratch = operator.linearization is None
+    return (_multiply_from_scratch if from_scratch else _multiply_linearized)(operator, vec)
+
+
 def _multiply_from_scratch(operator: Curvature, vec: Any) -> Any:
     kind, problem = type(operator), operator.problem
     def multiply(whole, samples):
@@ -216,8 +225,10 @@ def _multiply_linearized(operator: Curvature, vec: Any) -> Any:
 
 # %% ../../nbs/operators/12_curvature.ipynb #a1a196cb
 @partial(jax.jit, static_argnums=(0, 3))
-def inspect_samples(kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool) -> tuple:
-    "What is wrong with the numbers: message -> how often; and, if asked for, the sum of the weights"
+def inspect_samples(
+    kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool
+) -> tuple:  # message -> how often; the sum of the weights for each head, if `weigh`
+    "What is wrong with the numbers and, if asked for, the sum of the weights"
     look = lambda problem, samples: _inspect_chunk(kind, problem, samples, weigh)
     return sum_over_samples(problem, look, problem, samples)
 
@@ -239,7 +250,7 @@ def on_samples(
     problem: Problem,
     samples: Samples,
     weigh: bool,  # is the sum of the weights wanted?
-) -> tuple[Curvature, Any]:  # the operator; the sum of the weights that count, one for each head, or None
+) -> tuple[Curvature, Any]:  # the operator; the sum of the weights for each head, or None
     "The operator of a problem on samples that were looked over; nothing is stored"
     if problem.vmap_over_data or problem.batch_size is not None or problem.loss.indexed:
         count_samples(samples, Samples._fields)  # raises unless there is one leading axis

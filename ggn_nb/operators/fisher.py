@@ -43,7 +43,7 @@ def _outer_product(score: Any, u: Any) -> Any:
 
 
 def _for_each_sample(fn: Callable, whole_batch: bool) -> Callable:
-    "`fn` of one sample, for a loss that is called with one; or with batches of one, for all at once"
+    "`fn` of one sample, for a loss that is called with one; or with all samples at once"
     if not whole_batch: return fn
     alone = lambda args: jax.tree.map(lambda a: a[None], args)
     return jax.vmap(lambda *args: jax.tree.map(lambda a: a[0], fn(*alone(args))))
@@ -63,7 +63,7 @@ class _Scores(Loss):
 class _ScoreProducts(_Scores):
     "The outer product of each sample's score at its target, in the place of a Hessian"
     loss: Loss
-    whole_batch: bool  # is it called with all samples? Then a sample is an entry of the leading axis
+    whole_batch: bool  # is it called with all samples at once?
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
         "w g gᵀ jv; a pytree like `pred`"
@@ -83,7 +83,7 @@ class _SampledScoreProducts(_Scores):
     "The mean outer product of each sample's score at targets drawn from the model"
     loss: Loss
     key: jax.Array
-    whole_batch: bool  # is it called with all samples? Then a sample is an entry of the leading axis
+    whole_batch: bool  # is it called with all samples at once?
     num_samples: int  # targets drawn for each sample
     indexed = True
 
@@ -137,10 +137,13 @@ def _outer_products_of_gradients(problem: Problem, samples: Samples) -> np.ndarr
             return problem.loss.loss.total(pred, samples.target, weight=roots, mask=samples.mask)
         g = jax.grad(loss)(flat)
         return jnp.outer(g, g)
-    return float(problem.factor) * np.asarray(jnp.sum(jax.lax.map(one, samples), axis=0), np.float64)
+    outer = np.asarray(jnp.sum(jax.lax.map(one, samples), axis=0), np.float64)
+    return float(problem.factor) * outer
 
 # %% ../../nbs/operators/22_fisher.ipynb #81150218
-def _loss_in_the_middle(loss_fn: Any, kind: Any, key: Any, num_samples: Any, whole_batch: bool) -> Loss:
+def _loss_in_the_middle(
+    loss_fn: Any, kind: Any, key: Any, num_samples: Any, whole_batch: bool
+) -> Loss:
     "What stands between Jᵀ and J"
     loss = create_loss(loss_fn)
     if kind == "exact": return _check_fisher(loss)
@@ -193,7 +196,8 @@ def create_fisher_mv_without_data(
 
     Returns:
 
-    An `Unbound`: `mv(vec, data)` with `data` as for `create_fisher_mv`; the result is like `params`.
+    An `Unbound`: `mv(vec, data)` with `data` as for `create_fisher_mv`; the result is like
+    `params`.
 
     Raises:
 
@@ -209,7 +213,8 @@ def create_fisher_mv_without_data(
         >>> mv(jnp.ones(2), {"input": jnp.ones((3, 2)), "target": jnp.ones((3, 2))})
         Array([3., 3.], dtype=float32)
     """
-    loss = _loss_in_the_middle(loss_fn, kind, key, num_samples, not options.get("vmap_over_data", True))
+    whole_batch = not options.get("vmap_over_data", True)
+    loss = _loss_in_the_middle(loss_fn, kind, key, num_samples, whole_batch)
     return Unbound(make_problem(model_fn, params, loss, factor, **options), Fisher)
 
 # %% ../../nbs/operators/22_fisher.ipynb #7919f15d
@@ -225,11 +230,11 @@ def create_fisher_mv(
     num_samples: int = 1,
     **options: Unpack[DataOptions],
 ) -> Fisher | Streamed:
-    """Create the product `F(vec)` with the Fisher information, an estimate, or the empirical matrix.
+    """Create the product `F(vec)` with the Fisher information, or an estimate of it.
 
-    F(vec) = factor · Σᵢ Jᵢᵀ Fᵢ Jᵢ vec with Fᵢ = E[g gᵀ], where g = ∇ℓ(fᵢ, y) is the score at a target
-    y drawn from the model (Martens 2020). The empirical matrix takes the data's targets instead, and
-    is no estimate of F (Kunstner et al. 2019).
+    F(vec) = factor · Σᵢ Jᵢᵀ Fᵢ Jᵢ vec with Fᵢ = E[g gᵀ], where g = ∇ℓ(fᵢ, y) is the score at a
+    target y drawn from the model (Martens 2020). The empirical matrix takes the data's targets
+    instead, and is no estimate of F (Kunstner et al. 2019).
 
     Arguments:
 
@@ -249,8 +254,8 @@ def create_fisher_mv(
 
     Returns:
 
-    A `Fisher`, an `Operator`: `F(vec)` takes a tree like `params` and returns one. For a `Stream`, a
-    `Streamed` with the same methods.
+    A `Fisher`, an `Operator`: `F(vec)` takes a tree like `params` and returns one. For a `Stream`,
+    a `Streamed` with the same methods.
 
     Raises:
 
@@ -268,7 +273,8 @@ def create_fisher_mv(
         Array([3., 3.], dtype=float32)
     """
     check_reduction(options.get("reduction", "sum"))
-    loss = _loss_in_the_middle(loss_fn, kind, key, num_samples, not options.get("vmap_over_data", True))
+    whole_batch = not options.get("vmap_over_data", True)
+    loss = _loss_in_the_middle(loss_fn, kind, key, num_samples, whole_batch)
     _check_mean_of_heads(kind, loss, options.get("reduction", "sum"))
     return create_operator(Fisher, model_fn, params, data, loss, **options)
 

@@ -44,9 +44,9 @@ def _stored(
 # %% ../../nbs/operators/20_ggn.ipynb #792e61f5
 @register_operator
 class GGN(Curvature):
-    """The Generalized Gauss-Newton matrix of a model on data: `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec.
+    """The Generalized Gauss-Newton matrix of a model on data.
 
-    Made by `create_ggn_mv`; see `Operator` for what it can do.
+    `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec. Made by `create_ggn_mv`; see `Operator` for what it can do.
 
     Arguments:
 
@@ -155,8 +155,8 @@ def create_ggn_mv_without_data(
     - `model_fn`: called as `model_fn(input=x, params=params)`; returns an array of floating-point
       numbers, or for custom losses any pytree of such.
     - `params`: pytree of floating-point arrays, P numbers in all.
-    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or any
-      function loss(pred, target), whose entries are summed and which JAX differentiates.
+    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
+      any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `factor`: scalar that multiplies the sum over samples.
     - `loss_hessian_mv`: instead of `loss_fn`: a function (jv, pred=, target=) -> H jv.
     - `**options`: the keywords of `ProblemOptions`.
@@ -196,9 +196,9 @@ def create_ggn_mv(
 ) -> GGN | Streamed:
     """Create the product `G(vec)` with the Generalized Gauss-Newton matrix of a model on data.
 
-    G(vec) = factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec, where Jᵢ is the Jacobian of the model's prediction for sample
-    i with respect to the parameters, and Hᵢ the Hessian of the loss with respect to the prediction
-    (Schraudolph 2002; Martens 2020). factor = num_total_samples / num_curv_samples.
+    G(vec) = factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec, where Jᵢ is the Jacobian of the model's prediction for
+    sample i with respect to the parameters, and Hᵢ the Hessian of the loss with respect to the
+    prediction (Schraudolph 2002; Martens 2020). factor = num_total_samples / num_curv_samples.
 
     Arguments:
 
@@ -208,8 +208,8 @@ def create_ggn_mv(
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
       (integers, (N,)). Or a `Stream` of batches of that.
-    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or any
-      function loss(pred, target), whose entries are summed and which JAX differentiates.
+    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
+      any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `loss_hessian_mv`: instead of `loss_fn`: a function (jv, pred=, target=) -> H jv.
     - `**options`: the keywords of `DataOptions`.
 

@@ -79,16 +79,16 @@ def create_hessian_mv_without_data(
 ) -> Unbound:
     """Create the product `mv(vec, data)` with the Hessian of the loss.
 
-    mv(vec, data) = factor · Σᵢ ∇²ℓ(f(xᵢ, θ), yᵢ) vec over the samples of `data`. The linearisation is
-    computed anew in each call; `mv.bind(data)` gives the operator on its data.
+    mv(vec, data) = factor · Σᵢ ∇²ℓ(f(xᵢ, θ), yᵢ) vec over the samples of `data`. The linearisation
+    is computed anew in each call; `mv.bind(data)` gives the operator on its data.
 
     Arguments:
 
     - `model_fn`: called as `model_fn(input=x, params=params)`; returns an array of floating-point
       numbers, or for custom losses any pytree of such.
     - `params`: pytree of floating-point arrays, P numbers in all.
-    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or any
-      function loss(pred, target), whose entries are summed and which JAX differentiates.
+    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
+      any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `factor`: scalar that multiplies the sum over samples.
     - `**options`: the keywords of `ProblemOptions`.
 
@@ -107,9 +107,9 @@ def create_hessian_mv_without_data(
         >>> import jax.numpy as jnp
         >>> from ggn_nb import create_hessian_mv_without_data
         >>> model = lambda input, params: jnp.sin(input * params)
-        >>> mv = create_hessian_mv_without_data(model, jnp.array(0.0), "mse", factor=1.0)
-        >>> mv(jnp.array(1.0), {"input": jnp.ones(2), "target": jnp.zeros(2)})
-        Array(4., dtype=float32)
+        >>> mv = create_hessian_mv_without_data(model, jnp.zeros(1), "mse", factor=1.0)
+        >>> mv(jnp.ones(1), {"input": jnp.ones((2, 1)), "target": jnp.zeros((2, 1))})
+        Array([4.], dtype=float32)
     """
     problem = make_problem(model_fn, params, create_loss(loss_fn), factor, **options)
     return Unbound(problem, Hessian)
@@ -136,8 +136,8 @@ def create_hessian_mv(
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
       (integers, (N,)). Or a `Stream` of batches of that.
-    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or any
-      function loss(pred, target), whose entries are summed and which JAX differentiates.
+    - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
+      any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `**options`: the keywords of `DataOptions`.
 
     Returns:
@@ -155,9 +155,9 @@ def create_hessian_mv(
         >>> import jax.numpy as jnp
         >>> from ggn_nb import create_hessian_mv
         >>> model = lambda input, params: jnp.sin(input * params)
-        >>> data = {"input": jnp.ones(2), "target": jnp.zeros(2)}
-        >>> H = create_hessian_mv(model, jnp.array(0.0), data, "mse")
-        >>> H(jnp.array(1.0))
-        Array(4., dtype=float32)
+        >>> data = {"input": jnp.ones((2, 1)), "target": jnp.zeros((2, 1))}
+        >>> H = create_hessian_mv(model, jnp.zeros(1), data, "mse")
+        >>> H(jnp.ones(1))
+        Array([4.], dtype=float32)
     """
     return create_operator(Hessian, model_fn, params, data, create_loss(loss_fn), **options)

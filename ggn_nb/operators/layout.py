@@ -29,11 +29,12 @@ class Layout:
         "Among how many devices the samples are shared out"
         return prod(self.mesh.shape[axis] for axis in self.axes)
 
-    def like_params(self, tree: Any) -> Any:
-        "`tree`, which is like the parameters, sharded like them"
+    def like_params(self, tree: Any, leading_axes: int = 0) -> Any:
+        "`tree`, like the parameters but for some axes in front, sharded like them"
         def constrain(leaf, sharding):
             if sharding is None: return leaf
-            return jax.lax.with_sharding_constraint(leaf, sharding)
+            spec = PartitionSpec(*[None] * leading_axes, *sharding.spec)
+            return jax.lax.with_sharding_constraint(leaf, NamedSharding(sharding.mesh, spec))
         leaves, treedef = jax.tree.flatten(tree)
         return treedef.unflatten(map(constrain, leaves, self.params))
 
@@ -70,12 +71,13 @@ def _axes_of(spec: Any) -> tuple[str, ...]:
 def layout_of(
     params: Any,  # pytree of arrays
     carried: Any,  # pytree with all arrays that every device needs whole: parameters, options
-    samples: Any = None,  # pytree of arrays with a leading axis of samples, of which the model sees one; None: not so
+    samples: Any = None,  # pytree with a leading axis of samples, of which the model sees one
 ) -> Layout:
     "Where the parameters are, and the axes along which each device can sum over its own samples"
     shardings = tuple(map(_sharding, jax.tree.leaves(params)))
     found = {(s.mesh, _axes_of(s.spec[:1])) for s in map(_sharding, jax.tree.leaves(samples)) if s}
     split = [(mesh, axes) for mesh, axes in found if axes]
-    taken = {axis for s in map(_sharding, jax.tree.leaves(carried)) if s for axis in _axes_of(s.spec)}
+    whole = [s for s in map(_sharding, jax.tree.leaves(carried)) if s]
+    taken = {axis for s in whole for axis in _axes_of(s.spec)}
     if len(split) != 1 or taken & set(split[0][1]): return Layout(shardings)
     return Layout(shardings, *split[0])

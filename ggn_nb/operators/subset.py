@@ -14,60 +14,76 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, keystr
 
-from ..tools.arrays import function_as_pytree, register_pytree
+from ..tools.arrays import as_array, function_as_pytree, register_pytree
 from ..tools.checks import check_floating
 
 # %% ../../nbs/operators/23_subset.ipynb #e276fe28
-def _paths(tree) -> list[str]:
+def _paths(tree: Any) -> list[str]:
     "The path of each leaf"
-    return [keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 # %% ../../nbs/operators/23_subset.ipynb #70d6834a
-def _by_pattern(pattern, params) -> list[bool]:
+def _by_pattern(pattern: str | re.Pattern, params: Any) -> list[bool]:
     "Is the regular expression found in the leaf's path?"
     try: search = re.compile(pattern).search
-    except re.error as e: raise ValueError(f"select: got {pattern!r}, expected a regular expression: {e}") from None
+    except re.error as e:
+        raise ValueError(f"select: got {pattern!r}, expected a regular expression: {e}") from None
     return [search(path) is not None for path in _paths(params)]
 
 # %% ../../nbs/operators/23_subset.ipynb #5286c48d
-def _by_predicate(predicate, params) -> list[bool]:
+def _by_predicate(predicate: Callable, params: Any) -> list[bool]:
     "What the predicate says about path and leaf"
-    answers = [predicate(path, leaf) for path, leaf in zip(_paths(params), jax.tree.leaves(params), strict=True)]
-    for path, answer in zip(_paths(params), answers, strict=True):
-        if not isinstance(answer, (bool, np.bool_)):
-            raise TypeError(f"select: got {reprlib.repr(answer)} from the predicate at {path!r}, expected True or False")
-    return [bool(answer) for answer in answers]
+    leaves = list(zip(_paths(params), jax.tree.leaves(params), strict=True))
+    answers = {path: predicate(path, leaf) for path, leaf in leaves}
+    for path, answer in answers.items():
+        if not isinstance(answer, bool | np.bool_):
+            raise TypeError(f"select: got {reprlib.repr(answer)} from the predicate at {path!r}, "
+                            "expected True or False")
+    return [bool(answer) for answer in answers.values()]
 
 # %% ../../nbs/operators/23_subset.ipynb #b4b89469
-def _by_tree(tree, params) -> list[bool]:
-    "The boolean at the leaf, or at a subtree that it is in"
-    try: return jax.tree.leaves(jax.tree.map(lambda flag, subtree: jax.tree.map(lambda _: bool(flag), subtree), tree, params))
+def _by_tree(flags: Any, params: Any) -> list[bool]:
+    "The truth value at the leaf, or at a subtree that it is in"
+    below = lambda flag, subtree: jax.tree.map(lambda _: bool(flag), subtree)
+    try: return jax.tree.leaves(jax.tree.map(below, flags, params))
     except ValueError:
-        got, expected = jax.tree.structure(tree), jax.tree.structure(params)
-        raise ValueError(f"select: got tree structure {got}, expected a prefix of that of params, {expected}") from None
+        got, expected = jax.tree.structure(flags), jax.tree.structure(params)
+        raise ValueError(f"select: got tree structure {got}, expected a prefix of that of params, "
+                         f"{expected}") from None
 
 # %% ../../nbs/operators/23_subset.ipynb #8a7dfa44
-def _chosen(select, params) -> list[bool]:
-    "Is the leaf selected? For each leaf of `params`"
+def _is_pattern(select: Any) -> bool:
+    compiled = isinstance(select, re.Pattern) and isinstance(select.pattern, str)
+    return isinstance(select, str) or compiled
+
+
+def _is_tree_of_flags(select: Any) -> bool:
     flags = jax.tree.leaves(select)
-    if isinstance(select, str) or (isinstance(select, re.Pattern) and isinstance(select.pattern, str)): chosen = _by_pattern(select, params)
-    elif flags and all(isinstance(flag, (bool, np.bool_)) for flag in flags): chosen = _by_tree(select, params)
+    return bool(flags) and all(isinstance(flag, bool | np.bool_) for flag in flags)
+
+
+def _chosen(select: Any, params: Any) -> list[bool]:
+    "Is the leaf selected? For each leaf of `params`"
+    if _is_pattern(select): chosen = _by_pattern(select, params)
+    elif _is_tree_of_flags(select): chosen = _by_tree(select, params)
     elif callable(select): chosen = _by_predicate(select, params)
-    else: raise TypeError(f"select: got {reprlib.repr(select)}, expected a regular expression, a predicate or a tree of booleans")
-    if not any(chosen):
-        paths = _paths(params)
-        some = ", ".join(map(repr, paths[:5])) + ", …" * (len(paths) > 5)
-        raise ValueError(f"select: got {reprlib.repr(select)}, which selects nothing, expected some of the {len(paths)} leaves {some}")
-    return chosen
+    else: raise TypeError(f"select: got {reprlib.repr(select)}, expected a regular expression, "
+                          "a predicate or a tree of booleans")
+    if any(chosen): return chosen
+    paths = _paths(params)
+    some = ", ".join(map(repr, paths[:5])) + ", …" * (len(paths) > 5)
+    raise ValueError(f"select: got {reprlib.repr(select)}, which selects nothing, "
+                     f"expected some of the {len(paths)} leaves {some}")
 
 # %% ../../nbs/operators/23_subset.ipynb #5f2a56d8
-def _filled(tree, other) -> Any:
+def _filled(tree: Any, other: Any) -> Any:
     "`tree`, with the leaves of `other` where it has None"
-    return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
+    fill = lambda a, b: b if a is None else a
+    return jax.tree.map(fill, tree, other, is_leaf=lambda leaf: leaf is None)
 
 # %% ../../nbs/operators/23_subset.ipynb #81204329
 @partial(register_pytree, data_fields=["model_fn", "frozen"], meta_fields=["structure"])
@@ -82,32 +98,61 @@ class _PartlyFrozen:
     def __call__(self, input: Any, params: Any) -> Any:
         "The prediction at all parameters"
         if (got := jax.tree.structure(params)) != self.structure:
-            raise ValueError(f"params: got tree structure {got}, expected that of the selected parameters, {self.structure}")
+            raise ValueError(f"params: got tree structure {got}, expected that of the selected "
+                             f"parameters, {self.structure}")
         return self.model_fn(input=input, params=_filled(params, self.frozen))
 
 # %% ../../nbs/operators/23_subset.ipynb #ed2cc84a
-def _as_array(path, leaf) -> jax.Array:
+def _as_array(path: Any, leaf: Any) -> jax.Array:
     "A frozen leaf as an array"
-    try: return jnp.asarray(leaf)
-    except TypeError: raise TypeError(f"params{keystr(path)}: got {type(leaf).__name__}, expected an array") from None
+    try: return as_array(leaf)
+    except TypeError:
+        kind = type(leaf).__name__
+        raise TypeError(f"params{keystr(path)}: got {kind}, expected an array") from None
 
 # %% ../../nbs/operators/23_subset.ipynb #f5a57284
-def select_params(
-    model_fn: Callable,  # called as `model_fn(input=x, params=params)`
-    params: Any,  # pytree of arrays; the selected ones are floating-point, the frozen ones of any dtype
-    select: Any,  # regular expression in paths like "layers/0/w", predicate (path, leaf) -> bool, or tree of booleans, a prefix of `params`
-) -> tuple[Callable, Any]:  # `model_fn` of the selected parameters alone, and `params` with None at frozen leaves
+def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callable, Any]:
     """Freeze all parameters that are not selected.
 
-    What comes back goes wherever a model and its parameters do: the curvature is then that of the selected parameters. The new model is
-    a pytree, whose leaves are the frozen arrays and those that `model_fn` carries.
+    What comes back goes wherever a model and its parameters do: the curvature is then that of the
+    selected parameters alone, a principal submatrix of the whole.
 
-    Raises `ValueError` or `TypeError` by the argument's name, also where nothing is selected.
+    Arguments:
+
+    - `model_fn`: called as `model_fn(input=x, params=params)`.
+    - `params`: pytree of arrays; the selected ones are floating-point, the others of any dtype.
+    - `select`: which leaves: a regular expression that is searched for in paths like "layers/0/w";
+      or a predicate (path, leaf) → bool; or a tree of booleans, a prefix of `params`.
+
+    Returns:
+
+    The pair `model_fn`, `params` for the selected parameters: a model of these alone, a pytree with
+    the frozen arrays as leaves; and `params` with None at the frozen leaves.
+
+    Raises:
+
+    - `ValueError`: nothing is selected, a pattern is no regular expression, or a tree does not fit.
+    - `TypeError`: an answer is no truth value, or a selected leaf is not floating-point.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import create_ggn_mv, select_params
+        >>> model = lambda input, params: params["head"] * jnp.tanh(params["body"] * input)
+        >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}
+        >>> head, head_params = select_params(model, params, "head")
+        >>> head_params
+        {'body': None, 'head': Array([1., 1.], dtype=float32)}
+        >>> data = {"input": jnp.ones((3, 2)), "target": jnp.ones((3, 2))}
+        >>> create_ggn_mv(head, head_params, data, "mse").shape
+        (2, 2)
     """
     model_fn, chosen = function_as_pytree(model_fn, "model_fn"), _chosen(select, params)
     leaves, structure = jax.tree.flatten(params)
-    part = lambda kept: structure.unflatten([leaf if keep else None for leaf, keep in zip(leaves, kept, strict=True)])
-    selected, frozen = part(chosen), part([not c for c in chosen])
+    def part(flags):
+        kept = [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
+        return structure.unflatten(kept)
+    selected, frozen = part(chosen), part([not flag for flag in chosen])
     check_floating(selected, "params")
     frozen = jax.tree_util.tree_map_with_path(_as_array, frozen)
     return _PartlyFrozen(model_fn, frozen, jax.tree.structure(selected)), selected

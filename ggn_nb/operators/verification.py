@@ -155,8 +155,8 @@ def is_psd(
         >>> import jax.numpy as jnp
         >>> from ggn_nb import is_psd
         >>> quartic = lambda pred, target: (pred**2 - target) ** 2
-        >>> is_psd(quartic, jnp.array([2.0]), jnp.ones(1)), is_psd(quartic, jnp.array([0.1]), jnp.ones(1))
-        (True, False)
+        >>> [is_psd(quartic, jnp.array([f]), jnp.ones(1)) for f in (2.0, 0.1)]
+        [True, False]
     """
     loss, pred = create_loss(loss), _check_small(pred)
     H = _dense(lambda u: loss.hessian_mv(u, pred, target, weight=weight, mask=mask), pred)
@@ -169,7 +169,8 @@ def _check_small(pred: Any) -> Any:
     pred = jax.tree.map(jnp.asarray, pred)
     size = sum(leaf.size for leaf in jax.tree.leaves(pred))
     if size <= 2048: return pred
-    raise ValueError(f"pred: got {size} numbers, expected at most 2048: dense matrices are made of it")
+    raise ValueError(f"pred: got {size} numbers, expected at most 2048: dense matrices are made "
+                     "of it")
 
 # %% ../../nbs/operators/30_verification.ipynb #c55c4430
 def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
@@ -178,7 +179,8 @@ def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array
     total = lambda f: loss.total(f, target, **given)
     gradient = loss.gradient(pred, target, **given)
     H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
-    checks = [Check("gradient is that of the value", _relative(gradient, jax.grad(total)(pred)), tol),
+    error = _relative(gradient, jax.grad(total)(pred))
+    checks = [Check("gradient is that of the value", error, tol),
               Check("H is symmetric", _relative(H, H.T), tol)]
     if loss.is_hessian:
         by_jax = lambda u: jax.jvp(jax.grad(total), (pred,), (u,))[1]
@@ -189,7 +191,9 @@ def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array
     return checks
 
 # %% ../../nbs/operators/30_verification.ipynb #a05edbea
-def _square_root_checks(loss: Loss, pred: Any, target: Any, given: dict, H: np.ndarray) -> list[Check]:
+def _square_root_checks(
+    loss: Loss, pred: Any, target: Any, given: dict, H: np.ndarray
+) -> list[Check]:
     "That H = S Sᵀ, where the loss has a square root"
     try: S = _dense(lambda u: loss.square_root_mv(u, pred, target, **given), pred)
     except ValueError: return []
@@ -200,7 +204,9 @@ def _square_root_checks(loss: Loss, pred: Any, target: Any, given: dict, H: np.n
             Check("S and Sᵀ are adjoint", _relative(transposed, S.T), tol)]
 
 # %% ../../nbs/operators/30_verification.ipynb #45d290f8
-def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array, num_draws: int = 4096) -> Check:
+def _fisher_check(
+    loss: Loss, pred: Any, H: np.ndarray, key: jax.Array, num_draws: int = 4096
+) -> Check:
     "The mean outer product of the gradient at sampled targets, in standard errors from H"
     score = lambda k: ravel_pytree(loss.gradient(pred, loss.sample(k, pred)))[0]
     g = np.asarray(jax.lax.map(score, jax.random.split(key, num_draws), batch_size=256), np.float64)
@@ -345,9 +351,9 @@ def verify(
         >>> from ggn_nb import Diagonal, verify
         >>> print(verify(Diagonal(jnp.array([1.0, 2.0]))))
         Diagonal(2 parameters): verified
-          ok      D is diag(entries), dense         error 0.0e+00, allowed 1.0e-03
-          ok      D is symmetric                    error 0.0e+00, allowed 1.0e-03
-          ok      D is linear                       error 0.0e+00, allowed 1.0e-03
+          ok      D is diag(entries), dense          error 0.0e+00, allowed 1.0e-03
+          ok      D is symmetric                     error 0.0e+00, allowed 1.0e-03
+          ok      D is linear                        error 0.0e+00, allowed 1.0e-03
           ok      D of many vectors is that of each  error 0.0e+00, allowed 1.0e-03
     """
     key = jax.random.key(0) if key is None else key
@@ -365,12 +371,15 @@ def _verify_operator(A: Operator, key: jax.Array) -> Report:
     return Report(repr(A), tuple(_operator_checks(A, key)))
 
 # %% ../../nbs/operators/30_verification.ipynb #a8dfafca
-def _verify_loss(loss: Loss, pred: Any, target: Any, weight: Any, mask: Any, key: jax.Array) -> Report:
+def _verify_loss(
+    loss: Loss, pred: Any, target: Any, weight: Any, mask: Any, key: jax.Array
+) -> Report:
     "The report on a loss"
     if pred is None:
         raise ValueError("pred: got None, expected a prediction to check the loss at")
     pred = _check_small(pred)
-    given = {name: value for name, value in (("weight", weight), ("mask", mask)) if value is not None}
+    given = {"weight": weight, "mask": mask}
+    given = {name: value for name, value in given.items() if value is not None}
     if target is None: target = _draw_target(loss, pred, key)
     checks = _loss_checks(loss, pred, target, given, key)
     return Report(repr(loss), (*checks, *_chunk_checks(loss, pred, target, given, key)))

@@ -12,53 +12,105 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import random
 from jax.flatten_util import ravel_pytree
 
 # %% ../../nbs/tools/02_testing.ipynb #0b211bb7
 _RTOL = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 
+# %% ../../nbs/tools/02_testing.ipynb #338f64b1
+def default_rtol(dtype: Any) -> float:
+    """The relative tolerance of `assert_close` for arrays of a dtype.
 
-def default_rtol(dtype) -> float:
-    "Relative tolerance that a well-conditioned computation in `dtype` should meet; 0 for integers and booleans"
+    It is for two ways to compute one well-conditioned result in this dtype: 1e-10 for float64, 1e-5
+    for float32, 2e-2 for bfloat16, 2e-3 for float16. Integers and truth values must be equal.
+
+    Arguments:
+
+    - `dtype`: a dtype, or what NumPy reads as one.
+
+    Returns:
+
+    The tolerance; 0 for every dtype that is not one of the four.
+
+    Example:
+
+        >>> from ggn_nb.tools.testing import default_rtol
+        >>> default_rtol("float32"), default_rtol(int)
+        (1e-05, 0.0)
+    """
     return _RTOL.get(jnp.dtype(dtype).name, 0.0)
 
 # %% ../../nbs/tools/02_testing.ipynb #e0cec176
-def _leaf_error(actual, expected, rtol, atol) -> str | None:
+def _exact_error(a: np.ndarray, e: np.ndarray) -> str:
+    "Where two arrays of integers or truth values differ"
+    got, want = a[a != e][0], e[a != e][0]
+    return f"{got}, expected {want}: differs by {int(got) - int(want)}"
+
+# %% ../../nbs/tools/02_testing.ipynb #16a1259d
+def _inexact_error(a: np.ndarray, e: np.ndarray, rtol: float, atol: float) -> str | None:
+    "The worst entry of an array of floating-point or complex numbers, if it is too far off"
+    wide = np.complex128 if np.iscomplexobj(e) else np.float64
+    a, e = a.astype(wide), e.astype(wide)
+    allowed = atol + rtol * np.max(np.abs(e), where=np.isfinite(e), initial=0)
+    with np.errstate(invalid="ignore"):
+        gap = np.where(a == e, 0.0, np.abs(a - e))
+    if np.all(gap <= allowed): return None
+    worst = np.unravel_index(np.argmax(np.nan_to_num(gap, nan=np.inf)), gap.shape)
+    at = tuple(map(int, worst))
+    return f"{a[at]} at {at}, expected {e[at]}: differs by {gap[at]:.3g}, allowed {allowed:.3g}"
+
+# %% ../../nbs/tools/02_testing.ipynb #ed4253bd
+def _leaf_error(actual: Any, expected: Any, rtol: float | None, atol: float) -> str | None:
     "What is wrong with one leaf, or None"
     a, e = np.asarray(actual), np.asarray(expected)
     if a.shape != e.shape: return f"shape {a.shape}, expected {e.shape}"
     if a.dtype != e.dtype: return f"dtype {a.dtype}, expected {e.dtype}"
     if a.size == 0 or np.array_equal(a, e): return None
-    if not jnp.issubdtype(e.dtype, jnp.inexact):
-        got, want = a[a != e][0], e[a != e][0]
-        return f"{got}, expected {want}: differs by {int(got) - int(want)}"
-    rtol = default_rtol(e.dtype) if rtol is None else rtol
-    wide = np.complex128 if np.iscomplexobj(e) else np.float64
-    a, e = a.astype(wide), e.astype(wide)
-    with np.errstate(invalid="ignore"):
-        gap, bound = np.where(a == e, 0.0, np.abs(a - e)), atol + rtol * np.max(np.abs(e), where=np.isfinite(e), initial=0)
-    if np.all(gap <= bound): return None
-    worst = np.unravel_index(np.argmax(np.nan_to_num(gap, nan=np.inf)), gap.shape)
-    return f"{a[worst]} at {tuple(map(int, worst))}, expected {e[worst]}: differs by {gap[worst]:.3g}, allowed {bound:.3g}"
+    if not jnp.issubdtype(e.dtype, jnp.inexact): return _exact_error(a, e)
+    return _inexact_error(a, e, default_rtol(e.dtype) if rtol is None else rtol, atol)
 
 # %% ../../nbs/tools/02_testing.ipynb #ad967c50
 def assert_close(
-    actual: Any,  # pytree of arrays
-    expected: Any,  # pytree of arrays: same structure, shapes and dtypes
-    *,
-    rtol: float | None = None,  # relative to the largest entry of each expected leaf; by default `default_rtol` of its dtype
-    atol: float = 0.0,  # absolute tolerance
+    actual: Any, expected: Any, *, rtol: float | None = None, atol: float = 0.0
 ) -> None:
-    "Raise `AssertionError`, naming the first leaf that differs, unless both trees agree in structure, shape, dtype and value"
-    a_paths, a_tree = jax.tree_util.tree_flatten_with_path(actual)
-    e_leaves, e_tree = jax.tree.flatten(expected)
-    if a_tree != e_tree: raise AssertionError(f"tree structure {a_tree}, expected {e_tree}")
-    for (path, a), e in zip(a_paths, e_leaves, strict=True):
-        if problem := _leaf_error(a, e, rtol, atol):
+    """Check that two trees agree in structure, shapes, dtypes and values.
+
+    Entries a and e agree where |a - e| <= atol + rtol * max|e|, the maximum taken over the finite
+    entries of the expected leaf. Nothing is broadcast or promoted. NaN agrees with nothing, an
+    infinity with itself alone; integers and truth values must be equal.
+
+    Arguments:
+
+    - `actual`: a pytree of arrays or numbers.
+    - `expected`: a pytree of the same structure, shapes and dtypes.
+    - `rtol`: relative to the largest entry of each expected leaf; by default `default_rtol` of its
+      dtype.
+    - `atol`: absolute tolerance, added to the relative one.
+
+    Raises:
+
+    - `AssertionError`: where the trees do not agree; it names the first leaf that differs.
+
+    Example:
+
+        >>> from ggn_nb.tools.testing import assert_close
+        >>> assert_close({"a": 1.0}, {"a": 1.0 + 1e-12})
+        >>> assert_close({"a": 1.0}, {"a": 1.5})
+        Traceback (most recent call last):
+        AssertionError: leaf ['a']: 1.0 at (), expected 1.5: differs by 0.5, allowed 1.5e-10
+    """
+    actual_leaves, actual_tree = jax.tree_util.tree_flatten_with_path(actual)
+    expected_leaves, expected_tree = jax.tree.flatten(expected)
+    if actual_tree != expected_tree:
+        raise AssertionError(f"tree structure {actual_tree}, expected {expected_tree}")
+    for (path, a), e in zip(actual_leaves, expected_leaves, strict=True):
+        problem = _leaf_error(a, e, rtol, atol)
+        if problem is not None:
             raise AssertionError(f"leaf {jax.tree_util.keystr(path) or '(root)'}: {problem}")
 
 # %% ../../nbs/tools/02_testing.ipynb #8ae7a1e4
-def _dense_one(model_fn, params, x, y, loss) -> jax.Array:
+def _dense_one(model_fn: Callable, params: Any, x: Any, y: Any, loss: Callable) -> jax.Array:
     "Jᵀ H J, shape (P, P), of one datum"
     flat, unravel = ravel_pytree(params)
     pred, unravel_pred = ravel_pytree(model_fn(input=x, params=params))
@@ -68,28 +120,82 @@ def _dense_one(model_fn, params, x, y, loss) -> jax.Array:
 
 # %% ../../nbs/tools/02_testing.ipynb #a3f26be2
 def dense_ggn(
-    model_fn: Callable,  # called as `model_fn(input=x, params=params)`
-    params: Any,  # pytree with P real numbers in all
-    data: dict,  # {"input": pytree, "target": pytree}
-    loss: Callable,  # loss(pred, target) -> scalar, or an array whose entries are summed
+    model_fn: Callable,
+    params: Any,
+    data: dict,
+    loss: Callable,
     *,
-    factor: float = 1.0,  # multiplies the sum
-    vmap_over_data: bool = True,  # True: one model call per sample, along the leading axis; False: one call for everything
-) -> jax.Array:  # (P, P)
-    "The Generalized Gauss-Newton matrix, dense, sample by sample"
+    factor: float = 1.0,
+    vmap_over_data: bool = True,
+) -> jax.Array:
+    """The Generalized Gauss-Newton matrix, dense, sample by sample.
+
+    It is factor * sum_i J_iᵀ H_i J_i with J_i by `jax.jacrev` and H_i by `jax.hessian`: an oracle
+    to judge products by, which shares no code with them. Memory grows with P².
+
+    Arguments:
+
+    - `model_fn`: called as `model_fn(input=x, params=params)`; may return any pytree of arrays.
+    - `params`: a pytree of arrays with P floating-point numbers in all.
+    - `data`: `{"input": pytree, "target": pytree}` with the samples along the leading axis.
+    - `loss`: `loss(pred, target)`, a scalar, or an array whose entries are summed.
+    - `factor`: multiplies the sum.
+    - `vmap_over_data`: True for one call of the model for each sample; False for one call for all.
+
+    Returns:
+
+    The matrix, of shape (P, P), in the order of `jax.flatten_util.ravel_pytree`.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb.tools.testing import dense_ggn
+        >>> data = {"input": jnp.array([[1.0], [2.0]]), "target": jnp.zeros(2)}
+        >>> linear = lambda input, params: input @ params
+        >>> dense_ggn(linear, jnp.zeros(1), data, lambda f, y: (f - y) ** 2).tolist()
+        [[10.0]]
+    """
     x, y = data["input"], data["target"]
     if not vmap_over_data: return factor * _dense_one(model_fn, params, x, y, loss)
-    n = jax.tree.leaves(x)[0].shape[0]
-    pick = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
     one = jax.jit(lambda x, y: _dense_one(model_fn, params, x, y, loss))
-    return factor * sum(one(pick(x, i), pick(y, i)) for i in range(n))
+    pick = lambda tree, i: jax.tree.map(lambda leaf: leaf[i], tree)
+    num_samples = jax.tree.leaves(x)[0].shape[0]
+    return factor * sum(one(pick(x, i), pick(y, i)) for i in range(num_samples))
 
 # %% ../../nbs/tools/02_testing.ipynb #efe8d4be
-def dense_from_mv(
-    mv: Callable,  # vec -> product, a linear map on trees shaped like `like`
-    like: Any,  # pytree of arrays, P numbers in all
-) -> jax.Array:  # (P, P)
-    "The dense matrix of a matrix-vector product, one column for each entry of `like`"
+def dense_from_mv(mv: Callable, like: Any) -> jax.Array:
+    """The dense matrix of a linear map on trees, one product for each column.
+
+    Arguments:
+
+    - `mv`: a linear function of a tree like `like`, which returns such a tree.
+    - `like`: a pytree of floating-point arrays of one dtype, with P numbers in all; only its shapes
+      and its dtype matter.
+
+    Returns:
+
+    The matrix, of shape (P, P): column k is `mv` of unit vector k, both in the order of
+    `jax.flatten_util.ravel_pytree`.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb.tools.testing import dense_from_mv
+        >>> double = lambda v: {"a": 2 * v["a"], "b": 3 * v["b"]}
+        >>> dense_from_mv(double, {"a": 0.0, "b": 0.0}).tolist()
+        [[2.0, 0.0], [0.0, 3.0]]
+    """
     flat, unravel = ravel_pytree(like)
-    column = lambda e: ravel_pytree(mv(unravel(e)))[0]
+    column = lambda unit: ravel_pytree(mv(unravel(unit)))[0]
     return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype)).T
+
+# %% ../../nbs/tools/02_testing.ipynb #99b7d31c
+def random_like(
+    key: jax.Array,  # random key
+    like: Any,  # pytree of what has a shape and a dtype
+) -> Any:  # pytree of arrays, of the same structure
+    "Standard normal numbers in the structure, shapes and dtypes of `like`"
+    leaves, tree = jax.tree.flatten(like)
+    keys = random.split(key, len(leaves))
+    drawn = [random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return tree.unflatten(drawn)

@@ -8,6 +8,8 @@ from enum import StrEnum
 from types import MappingProxyType
 
 import ggn_nb
+import ggn_nb.operators.creation
+import ggn_nb.operators.curvature
 import ggn_nb.operators.fisher
 import ggn_nb.operators.ggn
 import ggn_nb.operators.hessian
@@ -16,6 +18,8 @@ import ggn_nb.losses.closed_form
 import ggn_nb.losses.custom
 import ggn_nb.losses.loss
 import ggn_nb.operators.operator
+import ggn_nb.operators.samples
+import ggn_nb.operators.streamed
 import ggn_nb.operators.streams
 import ggn_nb.operators.subset
 import jax
@@ -61,9 +65,13 @@ HOMES = {
     "Hessian": ggn_nb.operators.hessian,
     "Fisher": ggn_nb.operators.fisher,
     "Operator": ggn_nb.operators.operator,
-    "Streamed": ggn_nb.operators.operator,
+    "register_operator": ggn_nb.operators.operator,
+    "Diagonal": ggn_nb.operators.operator,
+    "Curvature": ggn_nb.operators.curvature,
+    "Streamed": ggn_nb.operators.streamed,
     "GGN": ggn_nb.operators.ggn,
-    "UnboundGGN": ggn_nb.operators.ggn,
+    "Unbound": ggn_nb.operators.creation,
+    "Samples": ggn_nb.operators.samples,
     "Stream": ggn_nb.operators.streams,
     "select_params": ggn_nb.operators.subset,
 }
@@ -164,7 +172,7 @@ def test_losses_by_name_and_by_the_function_that_makes_them(name):
 
 def test_every_loss_has_the_methods_of_the_interface():
     methods = [name for name, member in vars(Loss).items() if inspect.isfunction(member)]
-    assert {"value", "gradient", "hessian_mv", "factor_mv", "factor_transpose_mv", "sample", "total", "weight_sum"} <= set(methods)
+    assert {"value", "gradient", "hessian_mv", "square_root_mv", "square_root_transpose_mv", "sample", "total", "weight_sum"} <= set(methods)
     for kind in (ClosedFormLoss, CustomLoss):
         assert issubclass(kind, Loss)
         for name in methods:
@@ -331,5 +339,5 @@ def test_operators_say_what_they_are():
     assert "6 parameters" in repr(mv)
     assert "cached" in repr(create_ggn_mv(linear, W, DATA, "mse"))
     assert "recomputed" in repr(create_ggn_mv(linear, W, DATA, "mse", linearize="recomputed"))
-    assert isinstance(mv, ggn_nb.UnboundGGN)
+    assert isinstance(mv, ggn_nb.Unbound)
     assert isinstance(mv.bind(DATA), ggn_nb.GGN)

@@ -129,7 +129,7 @@ half = lambda data, params, vec: create_ggn_mv(model_fn, params, data | {"input"
 assert_close(jax.device_get(half(everywhere, halves(there), halves(v))), jax.device_get(half(data, halves(params), halves(vec))), rtol=3e-2)
 for options in ({}, {"batch_size": 8}):
     G, single = (create_ggn_mv(model_fn, *at, "cross_entropy", linearize="recomputed", **options) for at in ((there, everywhere), (params, data)))
-    quadratic = lambda w, G, v: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, v, replace(G, data=G.data | {"weight": w})(v))))
+    quadratic = lambda w, G, v: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, v, replace(G, samples=G.samples._replace(weight=w))(v))))
     agree(jax.grad(quadratic)(everywhere["weight"], G, v), jax.grad(quadratic)(data["weight"], single, vec))
 agree(jax.jit(create_ggn_mv(model_fn, there, everywhere, "cross_entropy"))(v), product)
 print("reached the end")

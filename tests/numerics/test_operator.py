@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_cases import POLICIES, baked_in, batched, dense_of, inner, linear, log_softmax_at, oracle_of, random_like, reference, run_python
-from ggn_nb import create_fisher_mv, create_ggn_mv, create_ggn_mv_without_data, create_hessian_mv
+from ggn_nb import (
+    create_fisher_mv,
+    create_fisher_mv_without_data,
+    create_ggn_mv,
+    create_ggn_mv_without_data,
+    create_hessian_mv,
+    create_hessian_mv_without_data,
+)
 from ggn_nb.losses.create import LossHessian
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.custom import CustomLoss, HessianOnly
@@ -485,7 +492,8 @@ def test_no_two_classes_have_equal_structures():
     kinds = [create_ggn_mv, create_hessian_mv, *(partial(create_fisher_mv, kind=kind, **options) for kind, options in (
         ("exact", {}), ("empirical", {}), ("monte_carlo", {"key": jax.random.key(0)})))]
     bound = [jax.tree.structure(create(net, PARAMS, DATA, "cross_entropy", linearize="recomputed")) for create in kinds]
-    unbound = [tree.children()[0] for tree in bound]
+    without = (create_ggn_mv_without_data, create_hessian_mv_without_data, create_fisher_mv_without_data)
+    unbound = [jax.tree.structure(create(net, PARAMS, "cross_entropy", 1.0)) for create in without]
     wrapped = [HessianOnly(Partial(linear)), CustomLoss(Partial(linear)), LossHessian(HessianOnly(Partial(linear)))]
     for trees in (bound, unbound, list(map(jax.tree.structure, wrapped))):
         assert all(a != b for i, a in enumerate(trees) for b in trees[:i])

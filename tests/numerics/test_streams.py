@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-import time
 import types
 from collections import UserDict
 from functools import partial
@@ -15,7 +14,10 @@ import numpy as np
 import pytest
 from ggn_cases import run_python
 from ggn_nb import Stream
-from ggn_nb.operators.streams import Batch, checksum, enable_x64, run_ahead, sum_over
+from ggn_nb.operators.batches import Batch, masked_samples
+from ggn_nb.operators.passes import checksum
+from ggn_nb.operators.samples import Samples, number_samples, read_samples
+from ggn_nb.operators.streams import enable_x64, run_ahead, sum_over_batches
 from ggn_nb.tools.testing import assert_close
 from ggn_nb.tools.timing import count_compiles
 
@@ -29,8 +31,8 @@ def batches(size=4, x=X, y=Y):
 
 def whole(stream):
     """The samples of a stream without the rows that fill up: inputs and targets."""
-    found = [jax.tree.map(lambda leaf, b=b: leaf[b.counted], b.data) for b in stream]
-    return [np.concatenate([data[key] for data in found]) for key in ("input", "target")]
+    found = [jax.tree.map(lambda leaf, b=b: leaf[b.counted], b.samples) for b in stream]
+    return [np.concatenate([getattr(samples, part) for samples in found]) for part in ("input", "target")]
 
 
 def same_as_arrays(stream):
@@ -67,6 +69,52 @@ class Loader:
 
     def __iter__(self):
         yield from self.items
+
+
+# --- samples
+
+
+def test_samples_are_read_once_and_for_all():
+    x, y = X.copy(), Tensor(Y.copy())
+    data = {"input": {"x": x, "fixed": jnp.asarray(X)}, "target": y, "mask": None}
+    samples = read_samples(data)
+    x[:], y.values[:] = np.nan, -1
+    assert_close(samples, Samples({"x": jnp.asarray(X), "fixed": jnp.asarray(X)}, jnp.asarray(Y)))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(samples))
+    assert samples.input["fixed"] is data["input"]["fixed"]
+    assert read_samples(samples) is samples
+
+
+def test_reading_samples_compiles_nothing():
+    with count_compiles() as compiles:
+        number_samples(read_samples({"input": np.ones((7, 13)), "target": [np.ones(7), np.ones(7, np.float16)]}), 3)
+    assert compiles.count == 0
+
+
+def test_samples_within_a_trace_are_read_too():
+    def total(x):
+        samples = read_samples({"input": x, "target": X})
+        return samples.input.sum() + samples.target.sum()
+
+    assert_close(jax.jit(total)(X), jnp.asarray(2 * X.sum()))
+    assert_close(jax.grad(total)(jnp.asarray(X)), jnp.ones_like(X))
+    shape = jax.ShapeDtypeStruct((11, 3), jnp.float32)
+    assert read_samples({"input": shape, "target": None}).input is shape
+    assert read_samples({"input": 3, "target": True}).input.shape == ()
+
+
+@pytest.mark.parametrize("leaf", ["text", object(), np.array(["a"]), np.array([None]), np.ma.ones(3), b"bytes"], ids=lambda leaf: type(leaf).__name__)
+def test_leaves_that_are_no_arrays_are_named(leaf):
+    with pytest.raises(TypeError, match=r"^data\['input'\]\['x'\]: got .*, expected"):
+        read_samples({"input": {"x": leaf}, "target": None})
+
+
+def test_samples_are_numbered_unless_they_have_numbers():
+    samples = Samples(jnp.asarray(X), None)
+    assert number_samples(samples).index.tolist() == list(range(11))
+    assert number_samples(samples, 5).index.tolist() == list(range(5, 16))
+    assert jax.jit(number_samples)(samples, 5).index.tolist() == list(range(5, 16))
+    assert number_samples(samples._replace(index=jnp.asarray(Y[::-1])), 5).index.tolist() == Y[::-1].tolist()
 
 
 # --- sources
@@ -181,8 +229,8 @@ def test_nested_parts_keep_their_structure():
     assert isinstance(batch, Batch)
     column = jnp.array([[1.0], [2.0]] * 5 + [[3.0]])
     expected = {"a": jnp.asarray(X), "b": Pair(jnp.asarray(X[:, 0]), column), "none": None, "list": [jnp.asarray(Y)] * 2}
-    assert_close(batch.data, {"input": expected, "target": None, "weight": jnp.asarray(Y / 2), "mask": jnp.asarray(Y > 3)})
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((batch.data, batch.counted)))
+    assert_close(batch.samples, Samples(expected, None, weight=jnp.asarray(Y / 2), mask=jnp.asarray(Y > 3)))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves((batch.samples, batch.counted)))
     assert batch.counted.tolist() == [True] * 11
     assert batch.start == 0
 
@@ -197,7 +245,7 @@ def test_dtypes_are_kept(dtype, order):
     stream = Stream([(x, x[:, ::2])])
     for _ in range(2):
         (batch,) = stream
-        assert_close(batch.data, {"input": jnp.asarray(x), "target": jnp.asarray(x[:, ::2])})
+        assert_close(batch.samples, Samples(jnp.asarray(x), jnp.asarray(x[:, ::2])))
 
 
 BAD = {
@@ -247,13 +295,13 @@ def test_a_buffer_may_be_used_again(prefetch):
 
     kept = list(Stream(source, prefetch=prefetch))
     for i, batch in enumerate(kept):
-        assert_close(batch.data["input"], jnp.full((256, 64), float(i)))
+        assert_close(batch.samples.input, jnp.full((256, 64), float(i)))
 
 
 def test_arrays_of_jax_are_not_copied():
     x = jnp.asarray(X)
     (batch,) = Stream([(x, None)])
-    assert batch.data["input"].unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
+    assert batch.samples.input.unsafe_buffer_pointer() == x.unsafe_buffer_pointer()
 
 
 # --- one shape
@@ -271,10 +319,10 @@ def test_ragged_batches(kind, sizes, prefetch):
     assert [int(b.counted.sum()) for b in got] == list(sizes)
     assert [b.start for b in got] == [end - n for n, end in zip(sizes, ends, strict=True)]
     for b in got:
-        for leaf in b.data.values():
+        for leaf in jax.tree.leaves(b.samples):
             assert jnp.all(leaf[~b.counted] == leaf[0])
-    assert_close(jnp.concatenate([b.data["input"][b.counted] for b in got]), jnp.asarray(x))
-    exact = sum_over(Stream(source, prefetch=prefetch), jax.jit(lambda b: jnp.sum(b.data["input"], where=b.counted)))
+    assert_close(jnp.concatenate([b.samples.input[b.counted] for b in got]), jnp.asarray(x))
+    exact = sum_over_batches(Stream(source, prefetch=prefetch), jax.jit(lambda b: jnp.sum(b.samples.input, where=b.counted)))
     assert_close(exact, jnp.asarray(x.sum()))
 
 
@@ -282,7 +330,7 @@ def test_a_ragged_stream_compiles_once():
     @jax.jit
     def moments(batch):
         counted = batch.counted[:, None]
-        return jnp.sum(batch.data["input"], where=counted), jnp.sum(batch.data["input"] ** 2, where=counted)
+        return jnp.sum(batch.samples.input, where=counted), jnp.sum(batch.samples.input ** 2, where=counted)
 
     stream = Stream(batches())
     with count_compiles() as compiles:
@@ -290,12 +338,53 @@ def test_a_ragged_stream_compiles_once():
     assert compiles.count == 1
     assert_close(tuple(map(sum, zip(*got, strict=True))), (jnp.sum(X), jnp.sum(X**2)))
     with count_compiles() as compiles:
-        sum_over(Stream(batches(5)), lambda batch: batch.counted.astype(jnp.float32))
-        sum_over(stream, lambda batch: batch.data["target"])
+        sum_over_batches(Stream(batches(5)), lambda batch: batch.counted.astype(jnp.float32))
+        sum_over_batches(stream, lambda batch: batch.samples.target)
     first = compiles.count
     with count_compiles() as compiles:
-        sum_over(stream, lambda batch: batch.data["target"])
+        sum_over_batches(stream, lambda batch: batch.samples.target)
     assert (first > 0, compiles.count) == (True, 0)
+
+
+@ways
+def test_a_sum_may_see_batches_as_they_are(prefetch):
+    """As a model needs it whose samples depend on each other: here, on the mean of their batch."""
+    shapes = []
+
+    @jax.jit
+    def centred(batch):
+        shapes.append(batch.samples.input.shape)
+        return ((batch.samples.input - batch.samples.input.mean(0, keepdims=True)) ** 2).sum(0)
+
+    stream = Stream(batches(), prefetch=prefetch)
+    got = sum_over_batches(stream, centred, pad=False)
+    assert_close(got, sum(jnp.asarray(((x - x.mean(0)) ** 2).sum(0)) for x, _ in batches()))
+    assert shapes == [(4, 3), (3, 3)]
+    assert len(list(stream)) == 3
+
+
+MASKS = {
+    "none": None,
+    "samples": np.array([True, False, True]),
+    "positions": np.array([[True, False], [False, True], [True, True]]),
+    "heads": {"a": np.array([True, False, True]), "b": None},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_rows_that_were_added_are_masked_out(mask):
+    rows = np.ones((3, 2))
+    part = {"input": rows, "target": None, "mask": MASKS[mask]}
+    last = jax.tree.map(lambda leaf: leaf[:2], part)
+    *_, batch = Stream([part, last])
+    samples = masked_samples(batch, numbered=True)
+    assert samples.index.tolist() == [3, 4, 5]
+    assert masked_samples(batch, numbered=False).index is None
+    if MASKS[mask] is None:
+        assert samples.mask.tolist() == [True, True, False]
+    for got, given in zip(jax.tree.leaves(samples.mask), jax.tree.leaves(MASKS[mask]), strict=False):
+        assert got[:2].tolist() == given[:2].tolist()
+        assert not got[2].any()
 
 
 # --- the same in each pass
@@ -338,7 +427,7 @@ def test_changes_are_raised_where_they_happen():
     stream = Stream(varying(FIRST, OTHER))
     list(stream)
     again = iter(stream)
-    assert_close(next(again).data["target"], jnp.asarray(Y[:4]))
+    assert_close(next(again).samples.target, jnp.asarray(Y[:4]))
     with pytest.raises(ValueError, match="batch 1 differs"):
         next(again)
 
@@ -366,12 +455,12 @@ def test_equal_batches_are_no_change():
 
 
 def test_a_checksum_sees_every_byte():
-    data = {"input": np.zeros((3, 2), np.float32), "target": None}
-    seen = {checksum(data)}
+    zeros = np.zeros((3, 2), np.float32)
+    seen = {checksum(Samples(zeros, None))}
     for i in range(24):
-        other = data["input"].copy()
+        other = zeros.copy()
         other.view(np.uint8).reshape(-1)[i] = 1
-        seen.add(checksum(data | {"input": other}))
+        seen.add(checksum(Samples(other, None)))
     assert len(seen) == 25
 
 
@@ -417,7 +506,7 @@ def test_the_source_is_closed_when_the_loop_ends_early(prefetch):
     with pytest.raises(ZeroDivisionError):
         for _ in stream:
             raise ZeroDivisionError
-    sum_over(stream, lambda batch: batch.data["input"])
+    sum_over_batches(stream, lambda batch: batch.samples.input)
     assert events == 3 * ["ggn_nb.operators.streams" if prefetch else "MainThread"]
 
 
@@ -447,35 +536,50 @@ def test_an_iterator_that_is_left_open_does_not_disturb_the_exit():
     assert run_python(LEFT_OPEN).strip() == "reached the end"
 
 
-def test_reading_overlaps_with_work():
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+def test_reading_overlaps_with_work(prefetch):
+    """Each batch is used only when the next one is being made."""
+    begun = [threading.Event() for _ in range(8)]
+
     def source():
-        for _ in range(40):
-            time.sleep(0.005)
+        for event in begun:
+            event.set()
             yield X, Y
 
-    def seconds(stream):
-        start = time.perf_counter()
-        for _ in stream:
-            time.sleep(0.005)
-        return time.perf_counter() - start
+    stream = iter(Stream(source, prefetch=prefetch))
+    for event in begun[1:]:
+        next(stream)
+        assert event.wait(timeout=60)
+    assert len(list(stream)) == 1
 
-    assert seconds(Stream(source)) < 0.8 * seconds(Stream(source, prefetch=0))
+
+def test_nothing_overlaps_without_a_thread():
+    begun = []
+
+    def source():
+        for i in range(3):
+            begun.append(i)
+            yield X, Y
+
+    for taken, _ in enumerate(Stream(source, prefetch=0), start=1):
+        assert len(begun) == taken
 
 
 @pytest.mark.parametrize("number", [1, 2, 5])
 def test_no_more_is_read_ahead_than_was_asked_for(number):
-    made = []
+    made, signal = [], threading.Semaphore(0)
 
     def source():
         for i in range(20):
             made.append(i)
+            signal.release()
             yield i
 
-    taken = 0
-    for _ in run_ahead(source(), number):
-        taken += 1
-        time.sleep(0.01)
-        assert taken <= len(made) <= taken + number
+    for taken, _ in enumerate(run_ahead(source(), number), start=1):
+        expected = min(taken + number, 20)
+        while len(made) < expected:
+            assert signal.acquire(timeout=60)
+        assert len(made) == expected
 
 
 @ways
@@ -483,7 +587,7 @@ def test_settings_of_a_thread_reach_the_batches(prefetch):
     stream = Stream(batches(), prefetch=prefetch)
     for x64, dtype in ((False, jnp.float32), (True, jnp.float64)):
         with enable_x64(x64):
-            assert {batch.data["input"].dtype for batch in stream} == {jnp.dtype(dtype)}
+            assert {batch.samples.input.dtype for batch in stream} == {jnp.dtype(dtype)}
 
 
 DEVICES = """
@@ -495,10 +599,10 @@ for device in (first, second):
     with jax.default_device(device):
         for prefetch in (0, 2):
             for batch in Stream(ragged, prefetch=prefetch):
-                assert batch.data["input"].devices() == batch.counted.devices() == {device}
+                assert batch.samples.input.devices() == batch.counted.devices() == {device}
 there = jax.device_put(ragged, second)
 for prefetch in (0, 2):
-    for batch in Stream(there, prefetch=prefetch): assert batch.data["input"].devices() == {second}
+    for batch in Stream(there, prefetch=prefetch): assert batch.samples.input.devices() == {second}
 print("reached the end")
 """
 
@@ -562,23 +666,23 @@ def test_progress_by_tqdm(capsys):
 def test_sums_are_those_of_everything_at_once(size, prefetch):
     @jax.jit
     def gram(batch, scale):
-        x = jnp.where(batch.counted[:, None], batch.data["input"], 0)
+        x = jnp.where(batch.counted[:, None], batch.samples.input, 0)
         return {"xx": scale * x.T @ x, "n": jnp.sum(batch.counted), "none": None}
 
-    got = sum_over(Stream(batches(size), prefetch=prefetch), gram, 2.0)
+    got = sum_over_batches(Stream(batches(size), prefetch=prefetch), gram, 2.0)
     assert_close(got, {"xx": jnp.asarray(2 * X.T @ X), "n": jnp.sum(jnp.ones(11, bool)), "none": None})
 
 
 def test_sums_in_half_precision_are_rounded_once():
     many = Stream([(np.full((1, 2), 1 + 2**-7, np.float32), None)] * 600, check=False)
     for dtype in (jnp.bfloat16, jnp.float16):
-        got = sum_over(many, lambda batch, dtype=dtype: batch.data["input"][0].astype(dtype))
+        got = sum_over_batches(many, lambda batch, dtype=dtype: batch.samples.input[0].astype(dtype))
         assert_close(got, jnp.full(2, 600 * (1 + 2**-7), dtype), rtol=0)
 
 
 def test_sums_keep_dtypes_and_accept_numbers():
     value = {"f": np.float32(0.5), "i": 3, "p": 0.25, "c": jnp.array(1j, jnp.complex64), "b": jnp.ones(2, jnp.int8)}
-    got = sum_over(Stream(batches()), lambda batch: value)
+    got = sum_over_batches(Stream(batches()), lambda batch: value)
     expected = jax.tree.map(lambda v: (3 * jnp.asarray(v)).astype(jnp.asarray(v).dtype), value)
     assert_close(got, expected)
 
@@ -586,13 +690,13 @@ def test_sums_keep_dtypes_and_accept_numbers():
 def test_what_fn_returns_is_not_donated():
     kept = jnp.ones(3)
     for _ in range(2):
-        assert_close(sum_over(Stream(batches()), lambda batch: kept), jnp.full(3, 3.0))
+        assert_close(sum_over_batches(Stream(batches()), lambda batch: kept), jnp.full(3, 3.0))
     assert_close(kept, jnp.ones(3))
 
 
 def test_sums_over_one_batch_are_arrays_of_their_own():
     kept = jnp.ones(3)
-    got = sum_over(Stream(batches(11)), lambda batch: kept)
+    got = sum_over_batches(Stream(batches(11)), lambda batch: kept)
     kept.delete()
     assert_close(got, jnp.ones(3))
 
@@ -608,11 +712,11 @@ def test_few_batches_are_alive_at_a_time(prefetch):
             yield np.eye(400), None
 
     def fn(batch):
-        values.append(slow(batch.data["input"]))
+        values.append(slow(batch.samples.input))
         return values[-1]
 
     slow = jax.jit(lambda x: jax.lax.fori_loop(0, 10, lambda i, x: jnp.tanh(x @ x), x))
-    sum_over(Stream(source, prefetch=prefetch), fn)
+    sum_over_batches(Stream(source, prefetch=prefetch), fn)
     assert max(unfinished) <= prefetch + 3
 
 
@@ -631,14 +735,14 @@ BAD_RESULTS = {
 def test_bad_results(bad, prefetch):
     fn, error, message = BAD_RESULTS[bad]
     with pytest.raises(error, match=message):
-        sum_over(Stream(batches(), prefetch=prefetch), fn)
+        sum_over_batches(Stream(batches(), prefetch=prefetch), fn)
 
 
 def test_bad_arguments_of_a_sum():
     with pytest.raises(TypeError, match="stream: got list, expected a Stream"):
-        sum_over(batches(), len)
+        sum_over_batches(batches(), len)
     with pytest.raises(TypeError, match="fn: got str, expected a callable"):
-        sum_over(Stream(batches()), "gram")
+        sum_over_batches(Stream(batches()), "gram")
 
 
 # --- other libraries

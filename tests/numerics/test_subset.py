@@ -281,11 +281,11 @@ def test_new_frozen_values_compile_nothing(linearize):
 @policies
 def test_nothing_is_baked_into_programs(linearize):
     G = operator(0, linearize)
-    vec = random_like(G.unbound.params)
+    vec = random_like(G.problem.params)
     assert baked_in(apply, G, vec) == []
     assert baked_in(lambda v: G(v), vec) != []  # captured
     frozen = ravel_pytree([TREE["pair"][1], TREE["wrapped"]])[0]
-    assert_close(ravel_pytree(G.unbound.model_fn)[0], frozen)
+    assert_close(ravel_pytree(G.problem.model_fn)[0], frozen)
 
 
 @policies

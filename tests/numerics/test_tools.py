@@ -1,14 +1,31 @@
-"""The rooms that other tests and notebooks rely on: `ggn_nb.tools.testing` and `ggn_nb.tools.timing`."""
+"""The tools that other tests and notebooks rely on: strict comparison, the dense oracle, timings."""
 
+import doctest
+import time
+from dataclasses import asdict
 from typing import NamedTuple
 
+import ggn_nb.tools.models
+import ggn_nb.tools.testing
+import ggn_nb.tools.timing
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_cases import linear
 from ggn_nb.tools.testing import assert_close, default_rtol, dense_from_mv, dense_ggn
-from ggn_nb.tools.timing import Timings, compare, compile_seconds, count_compiles, measured_where, time_once
+from ggn_nb.tools.timing import (
+    CASES,
+    Timings,
+    compare,
+    compile_seconds,
+    count_compiles,
+    keep_measurement,
+    measured_where,
+    read_measurements,
+    time_once,
+    timing_case,
+)
 
 ONE, NAN = jnp.ones(3), float("nan")
 
@@ -113,11 +130,28 @@ def test_compare_warms_up_and_interleaves():
     assert set("abc") <= set(str(timings))
 
 
-def test_ratios_are_medians_of_rounds(tmp_path):
-    timings = Timings({"a": [1.0, 2.0, 4.0], "b": [2.0, 6.0, 4.0]}, "a", measured_where())
+def test_ratios_are_medians_of_rounds():
+    timings = Timings({"a": [1.0, 2.0, 4.0], "b": [2.0, 6.0, 4.0]}, "a", measured_where("float32"))
     assert timings.ratios == {"a": 1.0, "b": 2.0}
     assert timings.medians == {"a": 2.0, "b": 4.0}
-    assert Timings.from_json(timings.to_json(tmp_path / "timings.json")) == timings
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+def test_dtype_of_what_was_timed_is_recorded(dtype, tmp_path):
+    """The default type is float64 here; what is recorded is the type of the reference's result."""
+    timed = {"other": lambda: jnp.ones(2), "reference": lambda: {"a": jnp.ones(2, dtype), "n": jnp.arange(2)}}
+    timings = compare(timed, rounds=1, reference="reference")
+    assert timings.context["dtype"] == jnp.dtype(dtype).name
+    assert f"dtype {jnp.dtype(dtype).name}" in str(timings)
+    keep_measurement("case", asdict(timings), timings.context, tmp_path / "new")
+    assert [Timings(**stored) for stored in read_measurements("case", tmp_path / "new")] == [timings]
+
+
+def test_measurements_without_a_dtype_stay_readable():
+    context = measured_where("float32")
+    del context["dtype"]
+    timings = Timings({"a": [1.0]}, "a", context | {"float_dtype": "float32"})
+    assert "float_dtype float32" in str(timings)
 
 
 BAD_RACES = [
@@ -138,13 +172,64 @@ def test_compare_refuses(arguments, error, message):
         compare(arguments.pop("contestants"), **arguments)
 
 
-def test_time_once_waits_for_the_result():
-    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, y: jnp.tanh(y @ x), x))
-    x = jnp.ones((300, 300))
-    jax.block_until_ready(slow(x))
-    waiting = min(time_once(lambda: jax.block_until_ready(slow(x))) for _ in range(5))
-    assert time_once(lambda: slow(x)) > 0.3 * waiting
-    assert compile_seconds(lambda x: jnp.tanh(x) @ x, x) > 0
+class Clock:
+    """A clock that stands still until it is told to go on."""
+
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+class Late:
+    """A result that takes a while after somebody asks."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
+
+    def block_until_ready(self):
+        self.clock.wait(self.seconds)
+
+
+def test_time_once_waits_for_the_result(clock):
+    assert time_once(lambda: Late(clock, 2.0)) == 2.0
+    assert time_once(lambda: [Late(clock, 1.0), {"b": Late(clock, 3.0)}, None]) == 4.0
+    assert time_once(lambda: clock.wait(5.0)) == 5.0
+
+
+def test_compare_times_each_call_alone(clock):
+    """Each round takes longer than the one before; the ratios do not see it."""
+    calls = dict.fromkeys(("quick", "slow"), 0)
+
+    def late(name, seconds):
+        calls[name] += 1
+        return Late(clock, seconds * calls[name])
+
+    timings = compare({"quick": lambda: late("quick", 1.0), "slow": lambda: late("slow", 3.0)}, rounds=4, warmup=1)
+    assert timings.seconds == {"quick": [2.0, 3.0, 4.0, 5.0], "slow": [6.0, 9.0, 12.0, 15.0]}
+    assert timings.ratios == {"quick": 1.0, "slow": 3.0}
+
+
+def test_compile_seconds_traces_and_does_not_run(clock):
+    ran = []
+
+    def traced(x):
+        clock.wait(2.0)
+        jax.debug.callback(lambda: ran.append(1))
+        return jnp.tanh(x)
+
+    assert [compile_seconds(traced, jnp.ones(3)) for _ in range(2)] == [2.0, 2.0]
+    assert not ran
 
 
 def test_count_compiles_counts():
@@ -155,3 +240,39 @@ def test_count_compiles_counts():
         fn(x)
     fn(np.ones(5))
     assert (first.count, second.count) == (2, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cases_are_in_float32_whatever_the_default(name):
+    _, params, data = timing_case(name, 2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert len(data["input"]) == len(data["target"]) == 2
+
+
+PUBLIC = {
+    ggn_nb.tools.testing: {"assert_close", "default_rtol", "dense_from_mv", "dense_ggn"},
+    ggn_nb.tools.models: {"cnn", "mlp", "num_params", "transformer"},
+    ggn_nb.tools.timing: {
+        "Timings",
+        "collective_bytes",
+        "compare",
+        "compile_seconds",
+        "count_compiles",
+        "keep_measurement",
+        "measured_where",
+        "time_once",
+        "timing_case",
+        "timing_gradient",
+    },
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+def test_public_names_have_examples_that_run(module):
+    assert set(module.__all__) == PUBLIC[module]
+    examples = {test.name.rpartition(".")[2]: test for test in doctest.DocTestFinder().find(module) if test.examples}
+    assert set(examples) >= PUBLIC[module]
+    runner = doctest.DocTestRunner(verbose=False)
+    for test in examples.values():
+        test.globs = {}
+        assert runner.run(test).failed == 0
