@@ -17,12 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
-from jax.flatten_util import ravel_pytree
 
 from .losses.cross_entropy import cross_entropy
 from .operators.ggn import create_ggn_mv
 from .tools.models import mlp
-from .tools.testing import dense_from_mv, dense_ggn
+from .tools.testing import dense_ggn
 from .tools.timing import compare
 
 # %% ../nbs/demo.ipynb #b7a8fc17
@@ -71,26 +70,23 @@ def train(model_fn, params, data: dict, steps: int = 200, rate: float = 0.5):
 # %% ../nbs/demo.ipynb #d021ad80
 def dense_error(model_fn, params, data: dict) -> float:
     "Relative difference between a product and the same product with a dense matrix"
-    flat, unravel = ravel_pytree(params)
-    vec = random.normal(random.key(1), flat.shape)
+    G = create_ggn_mv(model_fn, params, data, "cross_entropy").flat()
+    vec = random.normal(random.key(1), G.shape[:1])
     expected = dense_ggn(model_fn, params, data, cross_entropy().value) @ vec
-    G = create_ggn_mv(model_fn, params, data, "cross_entropy")
-    product, _ = ravel_pytree(G(unravel(vec)))
-    return float(jnp.abs(product - expected).max() / jnp.abs(expected).max())
+    return float(jnp.abs(G @ vec - expected).max() / jnp.abs(expected).max())
 
 # %% ../nbs/demo.ipynb #79a997ec
 @jax.jit
-def solve(G, b, damping):
-    "The solution of (G + damping · I) x = b, by conjugate gradients"
-    damped = lambda v: jax.tree.map(lambda g, v: g + damping * v, G(v), v)
-    return jax.scipy.sparse.linalg.cg(damped, b, maxiter=100)[0]
+def solve(A, b):
+    "The solution of A x = b, by conjugate gradients"
+    return jax.scipy.sparse.linalg.cg(A, b, maxiter=100)[0]
 
 # %% ../nbs/demo.ipynb #79a997eb
 def damped_step(model_fn, params, data: dict, damping: float = 1e-2):
     "The parameters after one damped Gauss-Newton step on the mean loss"
     gradient = jax.grad(lambda p: mean_loss(model_fn, p, data))(params)
     G = create_ggn_mv(model_fn, params, data, "cross_entropy", num_total_samples=1)
-    return jax.tree.map(lambda p, d: p - d, params, solve(G, gradient, damping))
+    return jax.tree.map(lambda p, d: p - d, params, solve(G.damped(damping), gradient))
 
 # %% ../nbs/demo.ipynb #7947a3db
 def along(params, stepped, t):
@@ -139,7 +135,7 @@ def draw_figure(model_fn, params, stepped, data: dict):
     from matplotlib.figure import Figure
 
     G = create_ggn_mv(model_fn, params, data, "cross_entropy", num_total_samples=1)
-    dense = np.asarray(dense_from_mv(G, params), np.float64)
+    dense = np.asarray(G.dense(), np.float64)
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     draw_block(left, dense[-170:, -170:])
