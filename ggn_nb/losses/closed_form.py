@@ -27,8 +27,8 @@ class Formulas:
     value: Callable  # (f, y) -> one number for each position
     gradient: Callable  # (f, y) -> like f
     hessian_mv: Callable  # (u, f, y) -> H u
-    factor_mv: Callable | None  # (u, f, y) -> S u; None where H is indefinite
-    factor_transpose_mv: Callable | None  # (v, f, y) -> Sᵀ v
+    square_root_mv: Callable | None  # (u, f, y) -> S u; None where H is indefinite
+    square_root_transpose_mv: Callable | None  # (v, f, y) -> Sᵀ v
     sample: Callable | None = None  # (key, f) -> y; None where the loss is no negative log-likelihood
 
 # %% ../../nbs/losses/02_closed_form.ipynb #4eee1907
@@ -55,7 +55,7 @@ def entrywise(
     *,
     deviation: Callable | None = None,  # (f, y) -> diagonal of S; by default √curvature
     sample: Callable | None = None,  # (key, f) -> y
-    indefinite: bool = False,  # may the curvature be negative? Then there is no factor
+    indefinite: bool = False,  # may the curvature be negative? Then there is no square root
 ) -> Formulas:
     "The formulas of a loss that treats each entry of the prediction by itself"
     S = None if indefinite else Diagonal(deviation or SquareRoot(curvature))
@@ -229,13 +229,13 @@ class ClosedFormLoss(Loss):
         "H jv; shape and dtype of jv"
         return self._apply("hessian_mv", jv, self.target_use, pred, target, weight, mask, jv, "jv")
 
-    def factor_mv(self, u, pred, target=None, *, weight=None, mask=None) -> jax.Array:
+    def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "S u; shape and dtype of u. `ValueError` where H is indefinite"
-        return self._apply("factor_mv", u, self.target_use, pred, target, weight, mask, u, "u")
+        return self._apply("square_root_mv", u, self.target_use, pred, target, weight, mask, u, "u")
 
-    def factor_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> jax.Array:
+    def square_root_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "Sᵀ v; shape and dtype of v. `ValueError` where H is indefinite"
-        return self._apply("factor_transpose_mv", v, self.target_use, pred, target, weight, mask, v, "v")
+        return self._apply("square_root_transpose_mv", v, self.target_use, pred, target, weight, mask, v, "v")
 
     def sample(self, key, pred) -> jax.Array:
         "Targets drawn from the likelihood at `pred`. `ValueError` where the loss has none"
@@ -271,11 +271,11 @@ class ClosedFormLoss(Loss):
     def _apply(self, formula, like, use, pred, target, weight, mask, v=None, name="pred") -> jax.Array:
         "A formula on checked operands; result in the dtype of `like`, with its axes"
         if (fn := getattr(self.formulas, formula)) is None:
-            raise ValueError(f"{self.name}: H is indefinite and has no factor (curvature='fisher' has one)")
+            raise ValueError(f"{self.name}: H is indefinite and has no square root (curvature='fisher' has one)")
         at = _read(self, pred, target, weight, mask, use, v, name)
         raise_faults(at.faults)
         operands_ = (at.f, at.y) if v is None else (at.v, at.f, at.y)
-        w = root(at.weight) if formula.startswith("factor") else at.weight
+        w = root(at.weight) if formula.startswith("square_root") else at.weight
         result = weigh(fn(*operands_, **self.options_in(at.f.dtype)), w, at.blank).astype(jnp.result_type(like))
         return result if self.axis is None or result.ndim < at.f.ndim else jnp.moveaxis(result, -1, self.axis)
 

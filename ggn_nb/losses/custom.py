@@ -56,13 +56,13 @@ def _erase_positions(tree, blank) -> Any:
     return tree if blank is None else jax.tree.map(lambda leaf: erase(leaf, blank) if fits(leaf) else leaf, tree)
 
 # %% ../../nbs/losses/03_custom.ipynb #42828e38
-@partial(register_pytree, data_fields=["loss_fn"], meta_fields=["factor", "factor_transpose", "sampler", "is_hessian", "is_fisher"])
+@partial(register_pytree, data_fields=["loss_fn"], meta_fields=["square_root", "square_root_transpose", "sampler", "is_hessian", "is_fisher"])
 @dataclass(frozen=True, eq=False)
 class CustomLoss(Loss):
-    "A function as a loss, differentiated by JAX. Made by `create_loss`, or by hand where you know a factor or a sampler"
+    "A function as a loss, differentiated by JAX. Made by `create_loss`, or by hand where you know a square root or a sampler"
     loss_fn: Callable[[Any, Any], Any]  # (pred, target) -> scalar, or array whose entries are the positions
-    factor: Callable | None = None  # (u, pred, target) -> S u
-    factor_transpose: Callable | None = None  # (v, pred, target) -> Sᵀ v
+    square_root: Callable | None = None  # (u, pred, target) -> S u
+    square_root_transpose: Callable | None = None  # (v, pred, target) -> Sᵀ v
     sampler: Callable | None = None  # (key, pred) -> target
     is_hessian: bool = True
     is_fisher: bool = False  # is H the Fisher information of the sampler's distribution?
@@ -83,13 +83,13 @@ class CustomLoss(Loss):
         jv = _erase_positions(_vector(jv, pred, "jv"), blank)
         return _erase_positions(jax.jvp(jax.grad(self._sum(target, w, blank)), (pred,), (jv,))[1], blank)
 
-    def factor_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
-        "S u, a pytree like `pred`; `ValueError` where no factor was given"
-        return self._factor("factor", u, "u", pred, target, weight, mask)
+    def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
+        "S u, a pytree like `pred`; `ValueError` where no square root was given"
+        return self._square_root("square_root", u, "u", pred, target, weight, mask)
 
-    def factor_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> Any:
-        "Sᵀ v, a pytree like `pred`; `ValueError` where no factor was given"
-        return self._factor("factor_transpose", v, "v", pred, target, weight, mask)
+    def square_root_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> Any:
+        "Sᵀ v, a pytree like `pred`; `ValueError` where no square root was given"
+        return self._square_root("square_root_transpose", v, "v", pred, target, weight, mask)
 
     def sample(self, key, pred) -> Any:
         "Targets from the sampler; `ValueError` where none was given"
@@ -116,19 +116,19 @@ class CustomLoss(Loss):
     def _sum(self, target, w, blank):
         return lambda pred: sum_entries(weigh(_values(self.loss_fn, pred, target), w, blank))
 
-    def _factor(self, which, v, name, pred, target, weight, mask):
+    def _square_root(self, which, v, name, pred, target, weight, mask):
         if (fn := getattr(self, which)) is None: raise ValueError(f"{which}: got None, expected ({name}, pred, target) -> product")
         pred, w, blank = self._read(pred, target, weight, mask)
         v = _erase_positions(_vector(v, pred, name), blank)
-        return jax.tree.map(lambda leaf: _weigh_factor(leaf, w, blank), fn(v, pred, target))
+        return jax.tree.map(lambda leaf: _weigh_square_root(leaf, w, blank), fn(v, pred, target))
 
 # %% ../../nbs/losses/03_custom.ipynb #1a4cfb3d
-def _weigh_factor(leaf, weight, blank) -> jax.Array:
+def _weigh_square_root(leaf, weight, blank) -> jax.Array:
     "√weight times an entry of S u"
     per_position = blank if weight is None else weight
     if per_position is None: return leaf
     if leaf.shape[: per_position.ndim] != per_position.shape:
-        raise ValueError(f"factor: got a product of shape {leaf.shape}, expected leading axes {per_position.shape} as the weights have")
+        raise ValueError(f"square_root: got a product of shape {leaf.shape}, expected leading axes {per_position.shape} as the weights have")
     return weigh(leaf, None if weight is None else root(weight).astype(leaf.dtype), blank)
 
 # %% ../../nbs/losses/03_custom.ipynb #dcbdfbda

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['heteroscedastic_gaussian_value', 'heteroscedastic_gaussian_gradient', 'heteroscedastic_gaussian_hessian_mv',
-           'heteroscedastic_gaussian_fisher_mv', 'heteroscedastic_gaussian_factor_mv',
+           'heteroscedastic_gaussian_fisher_mv', 'heteroscedastic_gaussian_square_root_mv',
            'heteroscedastic_gaussian_sample', 'Scalars', 'heteroscedastic_gaussian']
 
 # %% ../../nbs/losses/14_heteroscedastic_gaussian.ipynb #74925bff
@@ -63,7 +63,7 @@ def heteroscedastic_gaussian_fisher_mv(u: jax.Array, f: jax.Array, y: jax.Array 
     return jnp.where(of_mean, jnp.exp(-jnp.broadcast_to(f[..., 1:], f.shape)), 0.5) * u
 
 # %% ../../nbs/losses/14_heteroscedastic_gaussian.ipynb #96445841
-def heteroscedastic_gaussian_factor_mv(u: jax.Array, f: jax.Array, y: jax.Array | None = None) -> jax.Array:
+def heteroscedastic_gaussian_square_root_mv(u: jax.Array, f: jax.Array, y: jax.Array | None = None) -> jax.Array:
     "S u = Sᵀ u = (e^{−s/2} u₀, √½ u₁)"
     _, s = _mean_and_log_variance(f)
     return jnp.stack([jnp.exp(-s / 2) * u[..., 0], 0.5**0.5 * u[..., 1]], axis=-1)
@@ -93,15 +93,15 @@ _HESSIAN = Claims(_VALUE, "exp(-s)*(outer([1, y - m], [1, y - m]) - diag([0, (y 
 @register_loss
 def heteroscedastic_gaussian(
     *,
-    curvature: str = "fisher",  # H: the "fisher" information, positive definite, or the exact "hessian", indefinite and without factor
+    curvature: str = "fisher",  # H: the "fisher" information, positive definite, or the exact "hessian", indefinite and without a square root
     axis: int = -1,  # the axis of mean and log-variance, counted in what the loss sees: negative numbers hold with and without a batch axis
 ) -> ClosedFormLoss:
     "−log N(y; μ, eˢ) where the prediction is (μ, s): H = diag(e⁻ˢ, ½), the Fisher information"
     fisher = check_curvature(curvature) == "fisher"
     hessian_mv = heteroscedastic_gaussian_fisher_mv if fisher else heteroscedastic_gaussian_hessian_mv
-    factor_mv = heteroscedastic_gaussian_factor_mv if fisher else None
+    square_root_mv = heteroscedastic_gaussian_square_root_mv if fisher else None
     formulas = Formulas(heteroscedastic_gaussian_value, heteroscedastic_gaussian_gradient, hessian_mv,
-                        factor_mv, factor_mv, heteroscedastic_gaussian_sample)
+                        square_root_mv, square_root_mv, heteroscedastic_gaussian_sample)
     return ClosedFormLoss("heteroscedastic_gaussian", formulas, {}, Scalars(), axis=operator.index(axis),
                           target_use="unused" if fisher else "required", is_hessian=not fisher, is_fisher=fisher,
                           claims=_FISHER if fisher else _HESSIAN)

@@ -70,13 +70,13 @@ class MultiHeadLoss(Loss):
         "H jv, shaped like `pred`"
         return self._map("hessian_mv", lambda c: c, pred, target, weight, mask, jv, "jv")
 
-    def factor_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
+    def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
         "S u, shaped like `pred`"
-        return self._map("factor_mv", root, pred, target, weight, mask, u, "u")
+        return self._map("square_root_mv", root, pred, target, weight, mask, u, "u")
 
-    def factor_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> Any:
+    def square_root_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> Any:
         "Sᵀ v, shaped like `pred`"
-        return self._map("factor_transpose_mv", root, pred, target, weight, mask, v, "v")
+        return self._map("square_root_transpose_mv", root, pred, target, weight, mask, v, "v")
 
     def sample(self, key, pred) -> Any:
         "A target for each head, drawn independently"

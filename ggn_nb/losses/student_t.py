@@ -98,7 +98,7 @@ def student_t(
     *,
     df: Any = 4.0,  # degrees of freedom ν > 0: a number, or one for each of the last axes' entries
     scale: Any = 1.0,  # scale σ > 0: a number, or one for each of the last axes' entries
-    curvature: str = "fisher",  # H: the "fisher" information, positive definite, or the exact "hessian", indefinite and without factor
+    curvature: str = "fisher",  # H: the "fisher" information, positive definite, or the exact "hessian", indefinite and without a square root
 ) -> ClosedFormLoss:
     "−log of Student's t density around the prediction: H = (ν + 1) / ((ν + 3) σ²) I, the Fisher information"
     fisher = check_curvature(curvature) == "fisher"

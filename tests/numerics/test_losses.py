@@ -127,7 +127,7 @@ LEADS = [(2,), (2, 3), (3, 2, 2)]
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_against_jax_hessian(name):
-    """Value, gradient, Hessian and factor, 26 cases for each of the variants: 520 in all."""
+    """Value, gradient, Hessian and square root, 26 cases for each of the variants: 520 in all."""
     variant = VARIANTS[name]
     loss = create_loss(variant.name, **variant.options)
 
@@ -142,7 +142,7 @@ def test_against_jax_hessian(name):
         if loss.is_hessian:
             assert_close(loss.hessian_mv(u, f, y, **given), hu, rtol=1e-10, atol=1e-12)
         if name not in INDEFINITE:
-            ssu = loss.factor_mv(loss.factor_transpose_mv(u, f, y, **given), f, y, **given)
+            ssu = loss.square_root_mv(loss.square_root_transpose_mv(u, f, y, **given), f, y, **given)
             assert_close(ssu, loss.hessian_mv(u, f, y, **given), rtol=1e-10, atol=1e-12)
         if float(w.sum()) > 0 and "classes" not in name and "both" not in name:
             assert_close(loss.total(f, y, reduction="mean", **given), total(f) / w.sum(), rtol=1e-10, atol=1e-12)
@@ -254,7 +254,7 @@ def test_claims_of_the_table(name):
         says = lambda expression: jnp.asarray(np.asarray(eval(expression, {"__builtins__": {}}, local), np.float64))
         assert_close(loss.value(f, None if loss.target is None else y), says(loss.claims.value), rtol=1e-10, atol=1e-12)
         dense = lambda mv: dense_from_mv(lambda u: mv(u, f, y), f).reshape(f.shape * 2)
-        for mv, claim in ((loss.hessian_mv, loss.claims.hessian), (loss.factor_mv, loss.claims.factor)):
+        for mv, claim in ((loss.hessian_mv, loss.claims.hessian), (loss.square_root_mv, loss.claims.factor)):
             assert_close(dense(mv), jnp.broadcast_to(says(claim), f.shape * 2), rtol=1e-10, atol=1e-12)
 
 
@@ -287,7 +287,7 @@ def test_half_precision(name, dtype):
     assert_close(loss.hessian_mv(u, f, y), loss.hessian_mv(u_, f_, y_).astype(dtype), rtol=bound)
     assert_close(loss.gradient(f, y), loss.gradient(f_, y_).astype(dtype), rtol=bound)
     if name not in INDEFINITE:
-        assert_close(loss.factor_mv(u, f, y), loss.factor_mv(u_, f_, y_).astype(dtype), rtol=bound)
+        assert_close(loss.square_root_mv(u, f, y), loss.square_root_mv(u_, f_, y_).astype(dtype), rtol=bound)
 
 
 EXPONENTIAL = {"poisson": 80.0, "negative binomial": 1e4, "gamma": 80.0, "heteroscedastic": 80.0}
@@ -348,7 +348,7 @@ def test_gradients_through_weights(name):
     mixed = jax.jacobian(lambda w: jax.grad(lambda f: loss.total(f, y, weight=w))(f))(w)
     assert_close(jnp.stack([mixed[i, ..., i] for i in range(3)]), loss.gradient(f, y), atol=1e-13)
     if name not in INDEFINITE:
-        assert bool(jnp.all(jnp.isfinite(jax.grad(lambda w: jnp.vdot(u, loss.factor_mv(u, f, y, weight=w)))(w))))
+        assert bool(jnp.all(jnp.isfinite(jax.grad(lambda w: jnp.vdot(u, loss.square_root_mv(u, f, y, weight=w)))(w))))
 
 
 def test_ignored_labels():
@@ -381,7 +381,7 @@ def test_class_axis(axis):
     here, there = create_loss("cross_entropy", axis=axis), create_loss("cross_entropy")
     for given in ({}, {"weight": jnp.array([1.0, 2.0])}, {"mask": jnp.asarray(np.random.default_rng(2).uniform(size=y.shape) > 0.5)}):
         assert_close(here.value(f, y, **given), there.value(last, y, **given))
-        for method in ("hessian_mv", "factor_mv", "factor_transpose_mv"):
+        for method in ("hessian_mv", "square_root_mv", "square_root_transpose_mv"):
             expected = jnp.moveaxis(getattr(there, method)(last, last, y, **given), -1, axis)
             assert_close(getattr(here, method)(f, f, y, **given), expected)
     hot = jax.nn.one_hot(y, 3, axis=axis, dtype=f.dtype)
@@ -460,7 +460,7 @@ REFUSED = {
     "precision": (lambda: create_loss("gaussian", precision=-jnp.eye(3)), ValueError, "precision"),
     "delta": (lambda: create_loss("huber", delta=-1.0), ValueError, "delta: got -1"),
     "curvature": (lambda: create_loss("huber", curvature="gauss"), ValueError, "curvature: got 'gauss'"),
-    "indefinite": (lambda: create_loss("student_t", curvature="hessian").factor_mv(F, F, F), ValueError, "indefinite"),
+    "indefinite": (lambda: create_loss("student_t", curvature="hessian").square_root_mv(F, F, F), ValueError, "indefinite"),
     "heads": (lambda: multi_head({"a": "mse"}).value({"b": F}, {"b": F}), ValueError, "pred: got heads"),
     "heads of the target": (lambda: multi_head({"a": "mse"}).value({"a": F}, {"b": F}), ValueError, "target: got heads"),
 }

@@ -95,7 +95,7 @@ WITH_OPTIONS = [cross_entropy(label_smoothing=0.1), binary_cross_entropy(class_w
 def test_half_precision_is_rounded_once(loss):
     """Products over 4096 classes are computed in float32: each entry is as near as bfloat16 can be."""
     f, v = to("bfloat16", (normal(11, MANY), 1.0 + normal(12, MANY)))
-    for mv in (loss.hessian_mv, loss.factor_mv, loss.factor_transpose_mv):
+    for mv in (loss.hessian_mv, loss.square_root_mv, loss.square_root_transpose_mv):
         got, wide = mv(v, f), mv(*to("float64", (v, f)))
         assert got.dtype == v.dtype
         assert jnp.all(jnp.abs(got.astype(jnp.float64) - wide) <= 2.0**-8 * jnp.abs(wide) + 1e-6 * jnp.max(jnp.abs(wide)))
@@ -120,7 +120,7 @@ def test_weights_of_classes_and_samples_keep_the_dtype(dtype, weight):
     classes = np.array([0.5, 2.0, 3.0])
     for loss, y in [(cross_entropy(class_weight=classes, label_smoothing=0.2), labels),
                     (binary_cross_entropy(pos_weight=classes, class_weight=[1, 2, 3]), probabilities)]:
-        for method in ("hessian_mv", "factor_mv", "factor_transpose_mv"):
+        for method in ("hessian_mv", "square_root_mv", "square_root_transpose_mv"):
             mv = getattr(loss, method)
             got, wide = mv(v, f, y, weight=weight), mv(*to("float64", (v, f, y)), weight=weight)
             assert got.dtype == f.dtype
@@ -188,7 +188,7 @@ def test_cross_entropy_of_extreme_logits(dtype, logits, p):
     for v in np.concatenate([np.eye(len(p)), np.ones((1, len(p))), [np.arange(len(p)) * 1.0]]):
         got = cross_entropy().hessian_mv(jnp.asarray(v, dtype), f)
         assert_close(got, jnp.asarray(H @ v, dtype), atol=1e-7)
-        again = cross_entropy().factor_mv(cross_entropy().factor_transpose_mv(jnp.asarray(v, dtype), f), f)
+        again = cross_entropy().square_root_mv(cross_entropy().square_root_transpose_mv(jnp.asarray(v, dtype), f), f)
         assert_close(again, jnp.asarray(H @ v, dtype), atol=1e-7 if dtype in ("float32", "float64") else 5e-3)
 
 
@@ -197,7 +197,7 @@ def test_binary_cross_entropy_of_extreme_logits(dtype):
     f, v = jnp.asarray([1e4, -1e4, 0.0], dtype), jnp.asarray([1.0, -2.0, 3.0], dtype)
     for mv in (binary_cross_entropy().hessian_mv, create_loss_hessian_mv("binary_cross_entropy")):
         assert_close(mv(v, f), jnp.asarray([0, 0, 0.75], dtype))
-    for S in (binary_cross_entropy().factor_mv, binary_cross_entropy().factor_transpose_mv):
+    for S in (binary_cross_entropy().square_root_mv, binary_cross_entropy().square_root_transpose_mv):
         assert_close(jnp.abs(S(v, f)), jnp.asarray([0, 0, 1.5], dtype))
 
 
@@ -235,7 +235,7 @@ def test_operator_at_extreme_logits(dtype, linearize):
 @pytest.mark.parametrize("level", [0.0, 1e4, -1e4])
 def test_a_softmax_over_one_class_has_no_curvature(shape, level):
     f, v = jnp.full(shape, level), normal(22, *shape)
-    for mv in (cross_entropy().hessian_mv, cross_entropy().factor_mv, cross_entropy().factor_transpose_mv):
+    for mv in (cross_entropy().hessian_mv, cross_entropy().square_root_mv, cross_entropy().square_root_transpose_mv):
         assert_close(mv(v, f), jnp.zeros(shape))
     mv = create_ggn_mv_without_data(lambda input, params: input * params, jnp.ones(shape), "cross_entropy", 1.0)
     got = mv(jnp.ones(shape), {"input": jnp.ones((2, *shape)), "target": None})
