@@ -220,6 +220,87 @@ def test_saturated_curvature_keeps_its_relative_accuracy(gap, dtype):
         assert_close(got, jnp.asarray(curvature * np.array([1.0, -1.0]), dtype), rtol=rtol)
 
 
+# --- cancellation in the cross-entropy: (H u)_k = p_k Σ_j p_j (u_k − u_j), in which no sum cancels by itself
+
+NOISE, SCATTERED = np.random.default_rng(0).standard_normal((2, 1000))
+SEVENTH = np.arange(1000) == 7
+CANCELLING = {
+    "open, large constant": ([0.1, 0, -0.1], [10_001, 10_002, 10_003]),
+    "confident, large constant": ([15, 0, -3], [10_001, 10_002, 10_003]),
+    "confident, one entry": ([15, 0, -3], [1, 0, 0]),
+    "confident": ([25, 0, -3], [1, 2, -1]),
+    "very confident": ([80, 0, -3], [1, 2, -1]),
+    "just more than half": ([0.05, 0, -10], [10_001, 10_002, 10_003]),
+    "just less than half": ([0, 0, -10], [10_001, 10_002, 10_003]),
+    "equal logits": ([3, 3, 3, 3], [10_001, 10_002, 10_003, 10_000.5]),
+    "constant vector": ([0.1, 0, -0.1], [1e4, 1e4, 1e4]),
+    "1000 equal logits": (np.zeros(1000), 1e4 + NOISE),
+    "1000 logits": (SCATTERED, 1e4 + NOISE),
+    "1000 logits, confident": (SCATTERED + 25 * SEVENTH, 1e4 + NOISE),
+    "1000 logits, an outlier": (1e-4 * SEVENTH, 1e4 * SEVENTH + 1e-3 * NOISE),
+}
+cancelling = pytest.mark.parametrize("case", CANCELLING)
+
+
+def probabilities(f):
+    p = np.exp(f - f.max())
+    return p / p.sum()
+
+
+def single_and_double(case):
+    """Vector and logits in float32, and the same numbers in float64."""
+    u, f = (jnp.asarray(a, jnp.float32) for a in CANCELLING[case][::-1])
+    return u, f, np.asarray(u, np.float64), np.asarray(f, np.float64)
+
+
+def relative_to(size, got, want):
+    return np.max(np.abs(np.asarray(got, np.float64) - want) / np.maximum(size, 1e-300))
+
+
+@cancelling
+def test_entries_of_a_hessian_product_keep_their_digits(case):
+    """Each entry within 2e-5 of itself, and all within 5e-7 of the largest."""
+    u, f, wide_u, wide_f = single_and_double(case)
+    p = probabilities(wide_f)
+    want = p * ((wide_u[:, None] - wide_u) @ p)
+    for got in (cross_entropy().hessian_mv(u, f), jax.jit(cross_entropy().hessian_mv)(u, f)):
+        assert relative_to(np.abs(want), got, want) < 2e-5
+        assert relative_to(np.max(np.abs(want)), got, want) < 5e-7
+
+
+@cancelling
+def test_entries_of_a_transposed_square_root_keep_their_digits(case):
+    u, f, wide_u, wide_f = single_and_double(case)
+    p = probabilities(wide_f)
+    want = np.sqrt(p) * ((wide_u[:, None] - wide_u) @ p)
+    got = cross_entropy().square_root_transpose_mv(u, f)
+    assert relative_to(np.abs(want), got, want) < 2e-5
+    assert relative_to(np.max(np.abs(want)), got, want) < 5e-7
+
+
+@cancelling
+def test_entries_of_a_square_root_keep_their_digits(case):
+    """(S u)_k = q_k u_k Σ_{j≠k} p_j − p_k Σ_{j≠k} q_j u_j: right to the rounding of the terms of these two sums."""
+    u, f, wide_u, wide_f = single_and_double(case)
+    p, apart = probabilities(wide_f), 1 - np.eye(len(wide_f))
+    x = np.sqrt(p) * wide_u
+    first, second = x * (apart @ p), p * (apart @ x)
+    got = cross_entropy().square_root_mv(u, f)
+    assert relative_to(np.abs(first) + p * (apart @ np.abs(x)), got, first - second) < 2e-6
+
+
+def test_formulas_that_are_not_used_lose_the_digits():
+    """What the tests above would say of p (u − Σ p u), and of S u without the sum over the other classes."""
+    u, f, wide_u, wide_f = single_and_double("open, large constant")
+    p32, p = jax.nn.softmax(f), probabilities(wide_f)
+    want = p * ((wide_u[:, None] - wide_u) @ p)
+    assert relative_to(np.max(np.abs(want)), p32 * (u - jnp.sum(p32 * u)), want) > 1e-4
+    u, f, _, wide_f = single_and_double("confident, one entry")
+    q32, p = jnp.exp(jax.nn.log_softmax(f) / 2), probabilities(wide_f)
+    want = np.sqrt(p[0]) * (p[1] + p[2])
+    assert abs(float(q32[0] - jax.nn.softmax(f)[0] * q32[0]) / want - 1) > 0.1
+
+
 @pytest.mark.parametrize("linearize", POLICIES)
 @dtypes
 def test_operator_at_extreme_logits(dtype, linearize):
