@@ -19,26 +19,69 @@ from ..tools.arrays import function_as_pytree, register_pytree
 
 # %% ../../nbs/losses/04_create.ipynb #d1709302
 class LossFn(StrEnum):
-    "Names of losses; plain strings work as well, for these and for every other registered loss"
-    MSE = "mse"  # Σ (f − y)², H = 2 I
-    CROSS_ENTROPY = "cross_entropy"  # −log softmax(f)[y], H = diag(p) − p pᵀ
-    BINARY_CROSS_ENTROPY = "binary_cross_entropy"  # on logits, H = diag(p (1 − p))
-    NONE = "none"  # no loss, H = I
+    """Names of four losses, those that laplax has.
+
+    A member is a string, equal to the loss's name; plain strings work as well, for these and for
+    every other registered loss.
+
+    - `MSE`: Σ (f − y)², H = 2 I.
+    - `CROSS_ENTROPY`: −log softmax(f)[y], H = diag(p) − p pᵀ.
+    - `BINARY_CROSS_ENTROPY`: on logits, H = diag(p (1 − p)).
+    - `NONE`: no loss, H = I.
+
+    Example:
+
+        >>> from ggn_nb.losses import LossFn, create_loss
+        >>> create_loss(LossFn.MSE), LossFn.MSE == "mse"
+        (mse(), True)
+    """
+
+    MSE = "mse"
+    CROSS_ENTROPY = "cross_entropy"
+    BINARY_CROSS_ENTROPY = "binary_cross_entropy"
+    NONE = "none"
 
 # %% ../../nbs/losses/04_create.ipynb #6dfd9523
-def create_loss(
-    loss_fn: Any,  # a registered name, a `Loss`, or a callable loss(pred, target)
-    **options,  # for a name: the options of that loss
-) -> Loss:
-    "The loss that is meant; `ValueError` where there is none"
+def _check_loss_function(loss_fn: Any, names: list[str]) -> None:
+    "Raise `ValueError` unless `loss_fn` can be called"
+    if callable(loss_fn): return
+    expected = f"one of {names}, a Loss, or a callable loss(pred, target)"
+    raise ValueError(
+        f"Unsupported loss function provided: got loss_fn={loss_fn!r}, expected {expected}")
+
+# %% ../../nbs/losses/04_create.ipynb #b4000001
+def create_loss(loss_fn: LossFn | str | Loss | Callable, **options) -> Loss:
+    """Create a loss from its name, from a function, or from a loss.
+
+    Arguments:
+
+    - `loss_fn`: a registered name; a function that makes a loss, such as `mse`; a `Loss`, which is
+      returned as it is; or any loss(pred, target) -> scalar or array, which JAX differentiates.
+    - `options`: for a name, the keywords of the function that makes the loss.
+
+    Returns:
+
+    A `Loss`.
+
+    Raises:
+
+    - `ValueError`: where `loss_fn` is None or no loss, or where an option has a wrong value.
+    - `TypeError`: where options come with anything but a name, or a loss has no such option.
+
+    Example:
+
+        >>> from ggn_nb.losses import create_loss
+        >>> create_loss("huber", delta=0.5)
+        huber(delta=0.5, curvature='hessian')
+    """
     if loss_fn is None: raise ValueError("loss_fn cannot be None")
     makers = registered_losses()
     if isinstance(loss_fn, str) and loss_fn in makers: return makers[loss_fn](**options)
-    if options: raise TypeError(f"create_loss: got the options {sorted(options)}, expected them with a loss's name only")
+    if options:
+        expected = "them with a loss's name only"
+        raise TypeError(f"create_loss: got the options {sorted(options)}, expected {expected}")
     if isinstance(loss_fn, Loss): return loss_fn
-    if not callable(loss_fn):
-        raise ValueError(f"Unsupported loss function provided: got loss_fn={loss_fn!r}, "
-                         f"expected one of {sorted(makers)}, a Loss, or a callable loss(pred, target)")
+    _check_loss_function(loss_fn, sorted(makers))
     if any(loss_fn is make for make in makers.values()): return loss_fn()
     return CustomLoss(function_as_pytree(loss_fn, "loss_fn"))
 
@@ -46,29 +89,71 @@ def create_loss(
 @partial(register_pytree, data_fields=["loss"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
 class LossHessian:
-    "The product with the Hessian of a loss. Made by `create_loss_hessian_mv`; a pytree"
+    """The product with the Hessian of a loss: hessian_mv(jv, pred, target=None, **kwargs).
+
+    Made by `create_loss_hessian_mv`. A pytree, whose leaves are the options of the loss.
+
+    Arguments:
+
+    - `loss`: the `Loss`.
+
+    Arguments of a call:
+
+    - `jv`: the vector, a pytree like `pred`.
+    - `pred`: the prediction, a floating-point array; for custom losses any pytree of them.
+    - `target`: as the loss takes it; most built-in losses do not need it.
+    - `weight`, `mask`: one entry for each sample or position. Other keywords are not used.
+
+    Returns:
+
+    H jv, a pytree like `pred`, in the dtypes of `jv`.
+
+    Raises:
+
+    - `TypeError`, `ValueError`: by the argument's name.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb.losses import LossHessian, mse
+        >>> LossHessian(mse())(jnp.ones(2), jnp.zeros(2)).tolist()
+        [2.0, 2.0]
+    """
+
     loss: Loss
 
-    def __call__(
-        self,
-        jv: Any,  # pytree like `pred`
-        pred: Any,  # prediction: an array; for custom losses any pytree of arrays
-        target: Any = None,  # most built-in losses do not need it
-        **kwargs,  # weight=, mask=: one entry for each sample or position; others are not used
-    ) -> Any:  # pytree like `pred`
+    def __call__(self, jv: Any, pred: Any, target: Any = None, **kwargs) -> Any:
         "H jv"
         return self.loss.hessian_mv(jv, pred, target, **kwargs)
 
 # %% ../../nbs/losses/04_create.ipynb #f4067d96
 def create_loss_hessian_mv(
-    loss_fn: LossFn | str | Loss | Callable | None,  # a name, a `Loss`, or a callable loss(pred, target)
-    **kwargs,  # not used
-) -> LossHessian:  # hessian_mv(jv, pred, target=None, **kwargs) -> pytree like `pred`
+    loss_fn: LossFn | str | Loss | Callable | None, **kwargs
+) -> LossHessian:
     """Create the product with the Hessian of a loss with respect to the prediction.
 
-    Built-in losses use their closed form, on arrays with any leading axes, and most need no target. A callable is
-    differentiated automatically; the sum of its entries is the loss.
+    Built-in losses use their closed form, on arrays with any leading axes, and most need no target.
+    A function is differentiated automatically; the sum of its entries is the loss.
 
-    Raises `ValueError` where `loss_fn` is None or not a loss.
+    Arguments:
+
+    - `loss_fn`: a registered name, a `Loss`, or a function loss(pred, target).
+    - `kwargs`: not used.
+
+    Returns:
+
+    hessian_mv(jv, pred, target=None, **kwargs) -> H jv, a pytree like `pred`; a `LossHessian`.
+
+    Raises:
+
+    - `ValueError`: where `loss_fn` is None or no loss.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import create_loss_hessian_mv
+        >>> hessian_mv = create_loss_hessian_mv("cross_entropy")
+        >>> hessian_mv(jnp.array([1.0, 0.0]), jnp.zeros(2)).tolist()
+        [0.25, -0.25]
     """
     return LossHessian(create_loss(loss_fn))

@@ -6,6 +6,7 @@
 __all__ = ['MultiHeadLoss', 'multi_head']
 
 # %% ../../nbs/losses/30_multi_head.ipynb #e9e6925b
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from .weights import root
 from ..tools.arrays import register_pytree
 
 # %% ../../nbs/losses/30_multi_head.ipynb #fa5598c0
-_is_loss = lambda x: isinstance(x, Loss)
+def _is_loss(x: Any) -> bool: return isinstance(x, Loss)
 
 
 def _heads_of(losses):
@@ -33,106 +34,196 @@ def _by_head(losses, tree, name) -> list:
     treedef = _heads_of(losses)
     try: return treedef.flatten_up_to(tree)
     except (ValueError, TypeError) as e:
-        raise ValueError(f"{name}: got heads {jax.tree.structure(tree)}, expected those of the losses, {treedef}") from e
+        found = jax.tree.structure(tree)
+        message = f"{name}: got heads {found}, expected those of the losses, {treedef}"
+        raise ValueError(message) from e
 
 # %% ../../nbs/losses/30_multi_head.ipynb #2ed4ee59
-def _each_head(losses, name, given) -> list:
-    "A weight or mask for each head: one array serves all, a tree with the same heads has one for each"
+def _given_by_head(losses, given, name) -> list:
+    "A weight or mask for each head: one array serves all, a tree of heads has one for each"
     treedef = _heads_of(losses)
     if given is None or jax.tree_util.all_leaves([given]): return [given] * treedef.num_leaves
     heads = jax.tree.structure(given, is_leaf=lambda x: x is None)
-    if heads != treedef: raise ValueError(f"{name}: got heads {heads}, expected one array, or one for each of {treedef}")
+    if heads != treedef:
+        expected = f"one array, or one for each of {treedef}"
+        raise ValueError(f"{name}: got heads {heads}, expected {expected}")
     return treedef.flatten_up_to(given)
+
+# %% ../../nbs/losses/30_multi_head.ipynb #b5000003
+def _each_head(losses, pred, target, weight, mask) -> Iterator[tuple]:
+    "Loss, prediction, target, weight and mask of each head"
+    preds = _by_head(losses, pred, "pred")
+    targets = [None] * len(preds) if target is None else _by_head(losses, target, "target")
+    weights = _given_by_head(losses, weight, "weight")
+    masks = _given_by_head(losses, mask, "mask")
+    each_loss = jax.tree.leaves(losses, is_leaf=_is_loss)
+    return zip(each_loss, preds, targets, weights, masks, strict=True)
+
+
+def _multiplied(scale: jax.Array, tree: Any) -> Any:
+    "`tree` times a number, each leaf in its own dtype"
+    return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), tree)
+
+
+def _is_one(scale) -> bool:
+    return not isinstance(scale, jax.core.Tracer) and bool(scale == 1)
 
 # %% ../../nbs/losses/30_multi_head.ipynb #a9f0f83d
 @partial(register_pytree, data_fields=["losses", "scales"], meta_fields=[])
 @dataclass(frozen=True, eq=False)
 class MultiHeadLoss(Loss):
-    "A tree of losses, for a tree of predictions. Made by `multi_head`"
-    losses: Any  # pytree of losses
-    scales: tuple[jax.Array, ...]  # c_k, one for each head
+    """A tree of losses, for a tree of predictions: Σ_k c_k ℓ_k. Made by `multi_head`.
+
+    Predictions, targets and vectors are pytrees with the same heads as the losses. A weight or mask
+    is one array for all heads, or such a tree with one for each. Results are trees of heads, but
+    for `total`, one number, and `faults`, the faults of all heads.
+
+    Arguments:
+
+    - `losses`: a pytree of `Loss`es.
+    - `scales`: a tuple of scalars c_k ≥ 0, one for each head, in the order of the tree's leaves.
+
+    Raises:
+
+    - `ValueError`: in the methods, where the heads of an argument are not those of the losses.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb.losses import multi_head
+        >>> loss = multi_head({"a": "mse", "b": "none"}, {"a": 0.5, "b": 3.0})
+        >>> pred = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+        >>> hv = loss.hessian_mv({"a": jnp.ones(2), "b": jnp.ones(1)}, pred)
+        >>> hv["a"].tolist(), hv["b"].tolist()
+        ([1.0, 1.0], [3.0])
+    """
+
+    losses: Any
+    scales: tuple[jax.Array, ...]
 
     @property
-    def is_hessian(self) -> bool: return all(loss.is_hessian for loss in self._losses)
+    def is_hessian(self) -> bool: return all(loss.is_hessian for loss in self._leaves)
 
     @property
-    def is_fisher(self) -> bool: return all(loss.is_fisher for loss in self._losses) and all(_is_one(c) for c in self.scales)
+    def is_fisher(self) -> bool:
+        return all(loss.is_fisher for loss in self._leaves) and all(map(_is_one, self.scales))
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The values of each head, times its c"
-        return self._map("value", lambda c: c, pred, target, weight, mask)
+        return self._scaled("value", self.scales, pred, target, weight, mask)
 
     def gradient(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The gradient, shaped like `pred`"
-        return self._map("gradient", lambda c: c, pred, target, weight, mask)
+        return self._scaled("gradient", self.scales, pred, target, weight, mask)
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
         "H jv, shaped like `pred`"
-        return self._map("hessian_mv", lambda c: c, pred, target, weight, mask, jv, "jv")
+        vectors = _by_head(self.losses, jv, "jv")
+        return self._scaled("hessian_mv", self.scales, pred, target, weight, mask, vectors)
 
-    def factor_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
+    def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
         "S u, shaped like `pred`"
-        return self._map("factor_mv", root, pred, target, weight, mask, u, "u")
+        vectors = _by_head(self.losses, u, "u")
+        return self._scaled("square_root_mv", self._roots, pred, target, weight, mask, vectors)
 
-    def factor_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> Any:
+    def square_root_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> Any:
         "Sᵀ v, shaped like `pred`"
-        return self._map("factor_transpose_mv", root, pred, target, weight, mask, v, "v")
+        vectors, method = _by_head(self.losses, v, "v"), "square_root_transpose_mv"
+        return self._scaled(method, self._roots, pred, target, weight, mask, vectors)
 
     def sample(self, key, pred) -> Any:
         "A target for each head, drawn independently"
         heads = _by_head(self.losses, pred, "pred")
-        drawn = [loss.sample(k, f) for loss, k, f in zip(self._losses, jax.random.split(key, len(heads)), heads, strict=True)]
-        return self._tree(drawn)
+        keys = jax.random.split(key, len(heads))
+        each = zip(self._leaves, keys, heads, strict=True)
+        return self._tree([loss.sample(key, f) for loss, key, f in each])
 
     def weight_sum(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The sum of weights of each head"
-        return self._tree([loss.weight_sum(f, y, weight=w, mask=m) for loss, f, y, w, m in self._heads(pred, target, weight, mask)])
+        each = _each_head(self.losses, pred, target, weight, mask)
+        return self._tree([loss.weight_sum(f, y, weight=w, mask=m) for loss, f, y, w, m in each])
 
-    def faults(self, pred, target=None, *, weight=None, mask=None, reads_target=False) -> dict[str, jax.Array]:
+    def faults(self, pred, target=None, *, weight=None, mask=None,
+               reads_target=False) -> dict[str, jax.Array]:
         "What is wrong with the numbers of some head"
         found: dict[str, jax.Array] = {}
-        for loss, f, y, w, m in self._heads(pred, target, weight, mask):
-            here = loss.faults(f, y, weight=w, mask=m, reads_target=reads_target)
-            for message, present in here.items(): found[message] = found.get(message, False) | present
+        for loss, f, y, w, m in _each_head(self.losses, pred, target, weight, mask):
+            faults = loss.faults(f, y, weight=w, mask=m, reads_target=reads_target)
+            for message, present in faults.items():
+                found[message] = found.get(message, False) | present
         return found
 
     def counted(self, pred, target=None, *, mask=None) -> Any:
         "What counts in each head"
-        return self._tree([loss.counted(f, y, mask=m) for loss, f, y, _, m in self._heads(pred, target, None, mask)])
+        each = _each_head(self.losses, pred, target, None, mask)
+        return self._tree([loss.counted(f, y, mask=m) for loss, f, y, _, m in each])
 
     @property
-    def _losses(self) -> list[Loss]: return jax.tree.leaves(self.losses, is_leaf=_is_loss)
+    def _leaves(self) -> list[Loss]: return jax.tree.leaves(self.losses, is_leaf=_is_loss)
+
+    @property
+    def _roots(self) -> list[jax.Array]: return [root(scale) for scale in self.scales]
 
     def _tree(self, heads) -> Any: return jax.tree.unflatten(_heads_of(self.losses), heads)
 
-    def _heads(self, pred, target, weight, mask):
-        "Loss, prediction, target, weight and mask of each head"
-        preds = _by_head(self.losses, pred, "pred")
-        targets = [None] * len(preds) if target is None else _by_head(self.losses, target, "target")
-        return zip(self._losses, preds, targets,
-                   _each_head(self.losses, "weight", weight), _each_head(self.losses, "mask", mask), strict=True)
-
-    def _map(self, method, scale, pred, target, weight, mask, v=None, name="") -> Any:
-        "A method of each head's loss, times its scale"
-        vectors = [()] * len(self._losses) if v is None else [(part,) for part in _by_head(self.losses, v, name)]
+    def _scaled(self, method, scales, pred, target, weight, mask, vectors=None) -> Any:
+        "A method of each head's loss, times a number"
+        leading = [()] * len(scales) if vectors is None else [(v,) for v in vectors]
+        each = _each_head(self.losses, pred, target, weight, mask)
         results = [getattr(loss, method)(*v, f, y, weight=w, mask=m)
-                   for v, (loss, f, y, w, m) in zip(vectors, self._heads(pred, target, weight, mask), strict=True)]
-        times = lambda c, tree: jax.tree.map(lambda a: a * scale(c).astype(a.dtype), tree)
-        return self._tree([times(c, result) for c, result in zip(self.scales, results, strict=True)])
+                   for v, (loss, f, y, w, m) in zip(leading, each, strict=True)]
+        return self._tree([_multiplied(c, r) for c, r in zip(scales, results, strict=True)])
 
 # %% ../../nbs/losses/30_multi_head.ipynb #12593e76
-def _is_one(c) -> bool: return not isinstance(c, jax.core.Tracer) and bool(c == 1)
+def _read_losses(losses: Any) -> Any:
+    "`losses` as a tree of `Loss`es"
+    is_head = lambda x: _is_loss(x) or x is None or callable(x)
+    losses = jax.tree.map(create_loss, losses, is_leaf=is_head)
+    if not _heads_of(losses).num_leaves:
+        raise ValueError("losses: got no heads, expected at least one")
+    return losses
 
 
-def multi_head(
-    losses: Any,  # pytree of losses: names, `Loss`es, or callables
-    weights: Any = None,  # pytree with the same heads: a number ≥ 0 for each; by default 1
-) -> MultiHeadLoss:
-    "The loss of a prediction with several heads, Σ_k c_k ℓ_k. `ValueError` where heads do not match or a weight is negative"
-    losses = jax.tree.map(create_loss, losses, is_leaf=lambda x: _is_loss(x) or x is None or callable(x))
-    if not (heads := _heads_of(losses)).num_leaves: raise ValueError("losses: got no heads, expected at least one")
-    scales = [1.0] * heads.num_leaves if weights is None else _by_head(losses, weights, "weights")
-    scales = [as_option(c, "weights", positive=False) for c in scales]
-    for c in scales:
-        if c.shape: raise ValueError(f"weights: got shape {c.shape}, expected one number for each head")
-    return MultiHeadLoss(losses, tuple(scales))
+def _read_scales(losses: Any, weights: Any) -> tuple[jax.Array, ...]:
+    "A number ≥ 0 for each head"
+    count = _heads_of(losses).num_leaves
+    scales = [1.0] * count if weights is None else _by_head(losses, weights, "weights")
+    scales = tuple(as_option(scale, "weights", positive=False) for scale in scales)
+    for scale in scales:
+        if scale.shape:
+            raise ValueError(f"weights: got shape {scale.shape}, expected one number for each head")
+    return scales
+
+# %% ../../nbs/losses/30_multi_head.ipynb #b5000006
+def multi_head(losses: Any, weights: Any = None) -> MultiHeadLoss:
+    """The loss of a prediction with several heads, Σ_k c_k ℓ_k.
+
+    H is block-diagonal, with blocks c_k H_k. It is the Fisher information where each H_k is and all
+    c_k are 1. With `reduction="mean"` each head has a mean of its own.
+
+    Arguments:
+
+    - `losses`: a pytree of losses: names, `Loss`es, or functions loss(pred, target).
+    - `weights`: a pytree with the same heads, a number c_k ≥ 0 for each; by default all are 1.
+
+    Returns:
+
+    A `MultiHeadLoss`, of predictions that are pytrees with the same heads.
+
+    Raises:
+
+    - `ValueError`: where there are no heads, the heads of the weights are others, or a weight is
+      negative or no number.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import multi_head
+        >>> loss = multi_head({"box": "mse", "label": "cross_entropy"}, {"box": 0.5, "label": 2.0})
+        >>> pred = {"box": jnp.array([1.0, -1.0]), "label": jnp.zeros(3)}
+        >>> target = {"box": jnp.zeros(2), "label": jnp.array(0)}
+        >>> round(float(loss.total(pred, target)), 4)  # 0.5 · 2 + 2 log 3
+        3.1972
+    """
+    losses = _read_losses(losses)
+    return MultiHeadLoss(losses, _read_scales(losses, weights))

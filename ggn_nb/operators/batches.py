@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batch']
 
-# %% ../../nbs/operators/01_batches.ipynb #1ab2bc9e
+# %% ../../nbs/operators/01_batches.ipynb #e4b9c633
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,12 +24,12 @@ from ggn_nb.operators.samples import (
     read_host_array,
 )
 
-# %% ../../nbs/operators/01_batches.ipynb #7267a5e2
+# %% ../../nbs/operators/01_batches.ipynb #e2d6abca
 class Batch(NamedTuple):
     """One batch of a stream: its samples, the rows that count, and where it begins.
 
-    A pytree, so it goes through `jax.jit` as it is. A batch with fewer samples than the first one of
-    its stream is filled up with copies of its first sample, so that all have the same number B of rows.
+    A pytree, so it goes through `jax.jit` as it is. A batch with fewer samples than the first one
+    of its stream is filled up with copies of its first sample, so that all have B rows.
 
     Arguments:
 
@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     counted: jax.Array
     start: int
 
-# %% ../../nbs/operators/01_batches.ipynb #9d729929
+# %% ../../nbs/operators/01_batches.ipynb #38b89000
 def _name_batch(batch: Any) -> Samples:
     "A mapping, or a pair (input, target), as `Samples` that are not read yet"
     if not isinstance(batch, tuple | list) or isinstance(batch, Samples): return name_parts(batch)
@@ -60,7 +60,7 @@ def _name_batch(batch: Any) -> Samples:
                          "expected a pair (input, target) or a mapping")
     return Samples(*batch)
 
-# %% ../../nbs/operators/01_batches.ipynb #462f932d
+# %% ../../nbs/operators/01_batches.ipynb #7e14c336
 def _is_column(x: Any) -> bool:
     "Is `x` a list of numbers, or of lists of numbers, and not of arrays?"
     if not isinstance(x, list): return False
@@ -68,9 +68,9 @@ def _is_column(x: Any) -> bool:
     while isinstance(first, list) and first: first = first[0]
     return isinstance(first, bool | int | float | complex | np.generic | list)
 
-# %% ../../nbs/operators/01_batches.ipynb #10aeaeed
+# %% ../../nbs/operators/01_batches.ipynb #ad54f44b
 def read_batch(batch: Any) -> Samples:
-    "A mapping, or a pair (input, target), with NumPy or JAX arrays as leaves, which have a row a sample"
+    "A mapping, or a pair (input, target), as `Samples` of NumPy or JAX arrays"
     samples = map_named(_read_leaf, _name_batch(batch), is_leaf=_is_column)
     count_samples(samples, Samples._fields)
     return samples
@@ -81,7 +81,7 @@ def _read_leaf(leaf, name) -> np.ndarray | jax.Array:
     check_dtype(leaf.dtype, name, "an array of JAX")
     return leaf
 
-# %% ../../nbs/operators/01_batches.ipynb #0a379ef8
+# %% ../../nbs/operators/01_batches.ipynb #b06834bf
 def read_batches(batches: Iterable) -> Iterator[Samples]:
     "Each of `batches` as `read_batch` reads it"
     for number, batch in enumerate(batches):
@@ -89,7 +89,7 @@ def read_batches(batches: Iterable) -> Iterator[Samples]:
         except (TypeError, ValueError) as e: raise type(e)(f"batch {number}: {e}") from e
         yield samples
 
-# %% ../../nbs/operators/01_batches.ipynb #a9f6fc31
+# %% ../../nbs/operators/01_batches.ipynb #08ba1b05
 def _pad_rows(
     leaf: np.ndarray | jax.Array,  # (n, …)
     rows: int,  # ≥ n
@@ -101,7 +101,7 @@ def _pad_rows(
     if isinstance(leaf, np.ndarray): return padded
     return jax.device_put(padded, leaf.sharding if leaf.committed else None)
 
-# %% ../../nbs/operators/01_batches.ipynb #08db7af2
+# %% ../../nbs/operators/01_batches.ipynb #d198f9ec
 def put_on_device(
     batches: Iterable[Samples],  # NumPy or JAX arrays, with any number of rows
     *,
@@ -121,7 +121,7 @@ def _make_batch(samples, rows, size, start) -> Batch:
     padded = jax.tree.map(partial(_pad_rows, rows=size), samples)
     return Batch(*jax.device_put((padded, np.arange(size) < rows)), start)
 
-# %% ../../nbs/operators/01_batches.ipynb #e8419c8e
+# %% ../../nbs/operators/01_batches.ipynb #69998ea5
 def masked_samples(
     batch: Batch,
     *,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ggn_nb.tools.arrays import working_dtype
+from ggn_nb.operators.samples import add_to, cast_like, wide_dtype, zeros_to_add_to
 
 # %% ../../nbs/operators/04_chunks.ipynb #81e31021
 class ChunkSizes(NamedTuple):
@@ -83,19 +83,26 @@ def sum_over_chunks(
     summand = jax.jit(lambda i: fn(_take_chunk(data, i, sizes)))  # traced once, for shapes and loop
     steps = jnp.arange(sizes.count)
     like = jax.eval_shape(summand, steps[0])
-    add_chunk = lambda total, i: (_add(total, summand(i)), None)
-    total, _ = lax.scan(add_chunk, jax.tree.map(_zeros_to_add_to, like), steps)
-    if sizes.rest: total = _add(total, fn(_take_rest(data, sizes)))
-    return jax.tree.map(lambda t, s: t.astype(s.dtype), total, like)
+    add_chunk = lambda total, i: (add_to(total, summand(i)), None)
+    total, _ = lax.scan(add_chunk, zeros_to_add_to(like), steps)
+    if sizes.rest: total = add_to(total, fn(_take_rest(data, sizes)))
+    return cast_like(total, like)
 
+# %% ../../nbs/operators/04_chunks.ipynb #c4a1000a
+def _check_rows(pred: Any, data: Any) -> Any:
+    "`pred`, if each of its leaves has a row for each sample; `ValueError` otherwise"
+    rows = _num_rows(data)
+    for leaf in jax.tree.leaves(pred):
+        if leaf.shape[:1] != (rows,):
+            raise ValueError(f"model_fn: got a prediction of shape {leaf.shape} for {rows} "
+                             "samples, expected a row for each, to keep the linearisation of each batch")
+    return pred
 
-def _add(total, value) -> Any: return jax.tree.map(lambda t, v: t + v.astype(t.dtype), total, value)
-
-
-def _zeros_to_add_to(like) -> jax.Array:
-    "Zeros of the shape of `like`, in float32 or better"
-    is_floating = jnp.issubdtype(like.dtype, jnp.floating)
-    return jnp.zeros(like.shape, working_dtype(like.dtype) if is_floating else like.dtype)
+# %% ../../nbs/operators/04_chunks.ipynb #54c7ce93
+def _in_order(leaf, sizes) -> jax.Array:
+    "Results of shape (count, size, …) as (samples, …), undoing `_take_chunk`"
+    if not sizes.rest: leaf = leaf.swapaxes(0, 1)
+    return leaf.reshape(-1, *leaf.shape[2:])
 
 # %% ../../nbs/operators/04_chunks.ipynb #c4a10009
 def map_over_chunks(
@@ -104,31 +111,13 @@ def map_over_chunks(
     data: Any,  # pytree whose leaves have a leading axis of samples
     batch_size: int | None,  # at most so many samples at once
 ) -> Any:  # as `fn(params, data)` returns it; its derivative in `params` sums in float32 or better
-    "`fn(params, chunk)` for chunks of the data, one at a time, with rows in the order of the samples"
+    "`fn(params, chunk)` for each chunk of the data in turn, with rows in the order of the samples"
     if _is_one_chunk(data, batch_size): return fn(params, data)
     sizes = chunk_sizes(_num_rows(data), batch_size)
-    wide = jax.tree.map(lambda p: p.astype(working_dtype(p.dtype)), params)
-    def result_of(chunk):
-        narrow = jax.tree.map(lambda w, p: w.astype(p.dtype), wide, params)
-        return _check_rows(fn(narrow, chunk), chunk)
+    wide = jax.tree.map(lambda p: p.astype(wide_dtype(p.dtype)), params)
+    result_of = lambda chunk: _check_rows(fn(cast_like(wide, params), chunk), chunk)
     stacked = lax.map(lambda i: result_of(_take_chunk(data, i, sizes)), jnp.arange(sizes.count))
     results = jax.tree.map(partial(_in_order, sizes=sizes), stacked)
     if not sizes.rest: return results
     last = result_of(_take_rest(data, sizes))
     return jax.tree.map(lambda *rows: jnp.concatenate(rows), results, last)
-
-
-def _in_order(leaf, sizes) -> jax.Array:
-    "Results of shape (count, size, …) as (samples, …), undoing `_take_chunk`"
-    if not sizes.rest: leaf = leaf.swapaxes(0, 1)
-    return leaf.reshape(-1, *leaf.shape[2:])
-
-# %% ../../nbs/operators/04_chunks.ipynb #c4a1000a
-def _check_rows(pred: Any, data: Any) -> Any:
-    "`pred`, if each of its leaves has a row for each sample; `ValueError` otherwise"
-    num_rows = _num_rows(data)
-    for leaf in jax.tree.leaves(pred):
-        if leaf.shape[:1] != (num_rows,):
-            raise ValueError(f"model_fn: got a prediction of shape {leaf.shape} for {num_rows} samples, "
-                             "expected a row for each, to keep the linearisation of each batch")
-    return pred

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/operators/02_passes.ipynb #189e2175
+# %% ../../nbs/operators/02_passes.ipynb #c0e18cf3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 
 from ggn_nb.operators.samples import Samples
 
-# %% ../../nbs/operators/02_passes.ipynb #9a83fb8f
+# %% ../../nbs/operators/02_passes.ipynb #3c7a3a28
 def checksum(samples: Samples) -> int:
     "CRC-32 of structure, shapes and dtypes, and of the bytes that are in the host's memory"
     leaves, treedef = jax.tree.flatten(samples)
@@ -32,7 +32,7 @@ def _is_on_host(leaf) -> bool:
 
 def _bytes_of(leaf) -> np.ndarray: return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
 
-# %% ../../nbs/operators/02_passes.ipynb #0b9e9f8f
+# %% ../../nbs/operators/02_passes.ipynb #4cd22efe
 class Pass(NamedTuple):
     "What one pass over a source has shown"
 
@@ -57,12 +57,13 @@ class PassRecord:
         if ended.complete or len(ended.checksums) > len(known.checksums):
             self.longest = ended._replace(complete=ended.complete or known.complete)
 
-# %% ../../nbs/operators/02_passes.ipynb #c33b1971
+# %% ../../nbs/operators/02_passes.ipynb #2ca3fafb
 def check_batch(number: int, crc: int, earlier: Pass) -> None:
     "Raise `ValueError` unless batch `number` is the one that an earlier pass had in its place"
     known = earlier.checksums
     if number >= len(known):
-        if earlier.complete: _raise_changed(f"got more than {number} batches, the number in an earlier pass")
+        if earlier.complete:
+            _raise_changed(f"got more than {number} batches, the number in an earlier pass")
     elif crc in known and crc != known[number]:
         _raise_changed(f"batch {number} is batch {known.index(crc)} of an earlier pass: "
                        "the order changed")
@@ -76,7 +77,7 @@ def _raise_changed(what: str) -> None:
                      "Shuffling and random augmentation are the usual causes: switch them off, "
                      "or pass check=False if a change does no harm")
 
-# %% ../../nbs/operators/02_passes.ipynb #1fce1f03
+# %% ../../nbs/operators/02_passes.ipynb #3f4b5219
 def check_end(number: int, earlier: Pass, check: bool) -> None:
     "Raise `ValueError` where a pass had no batches or, if `check`, fewer than an earlier one"
     known = len(earlier.checksums)
@@ -87,7 +88,7 @@ def check_end(number: int, earlier: Pass, check: bool) -> None:
     if check and number < known:
         _raise_changed(f"got {number} batches, expected {known} as in an earlier pass")
 
-# %% ../../nbs/operators/02_passes.ipynb #c13925bf
+# %% ../../nbs/operators/02_passes.ipynb #c5cf05b9
 def compare_passes(
     batches: Iterable[Samples],  # of one pass
     record: PassRecord,  # of earlier passes; this one is added when it ends

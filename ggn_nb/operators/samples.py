@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Samples']
 
-# %% ../../nbs/operators/00_samples.ipynb #5d280d6a
+# %% ../../nbs/operators/00_samples.ipynb #20916ffd
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,20 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggn_nb.tools.arrays import as_array
+from ggn_nb.tools.arrays import as_array, working_dtype
 
-# %% ../../nbs/operators/00_samples.ipynb #ecbf9ee5
+# %% ../../nbs/operators/00_samples.ipynb #37357f86
 class Samples(NamedTuple):
-    """The parts of N samples: arrays, or pytrees of arrays, whose leading axis runs over the samples.
+    """The parts of N samples: (pytrees of) arrays whose leading axis runs over the samples.
 
-    A pytree, so it goes through `jax.jit` and `jax.vmap` as it is. Under `jax.vmap` it is one sample.
+    A pytree, so it goes through `jax.jit` and `jax.vmap` as it is. `jax.vmap` takes it one by one.
 
     Arguments:
 
     - `input`: what the model reads; leaves of shape (N, ...).
-    - `target`: what the loss reads; leaves of shape (N, ...). None for a loss that looks at no target.
-    - `weight`: multiplies a sample's summand; floating-point numbers of shape (N,), or (N, ...) with
-      one for each position. None: every weight is 1.
+    - `target`: what the loss reads; leaves of shape (N, ...). None for a loss that looks at none.
+    - `weight`: multiplies a sample's summand; floating-point numbers of shape (N,), or (N, ...)
+      with one for each position. None: every weight is 1.
     - `mask`: what counts; truth values of shape (N,), or (N, ...) with one for each position.
       None: everything counts.
     - `index`: the sample's number, from which random numbers are made; integers of shape (N,).
@@ -49,13 +49,13 @@ class Samples(NamedTuple):
     mask: Any = None
     index: Any = None
 
-# %% ../../nbs/operators/00_samples.ipynb #ddea79ee
+# %% ../../nbs/operators/00_samples.ipynb #6c31b96d
 def name_parts(data: Any) -> Samples:
-    "The entries of a mapping as `Samples`, unread; `TypeError` or `ValueError` where there are others"
+    "The entries of a mapping as `Samples`, unread; `TypeError` or `ValueError` if it has others"
     if isinstance(data, Samples): return data
     if not isinstance(data, Mapping):
-        raise TypeError(f"data: got {type(data).__name__}, expected a mapping with the keys 'input' "
-                        "and 'target', or a Stream of batches")
+        raise TypeError(f"data: got {type(data).__name__}, expected a mapping with the keys "
+                        "'input' and 'target', or a Stream of batches")
     if missing := [key for key in ("input", "target") if key not in data]:
         raise ValueError(f"data: got the keys {list(data)}, expected 'input' and 'target'; missing "
                          f"{missing} (a loss that needs no target takes 'target': None)")
@@ -64,12 +64,18 @@ def name_parts(data: Any) -> Samples:
                          f"'weight', 'mask' and 'index'; unknown {unknown}")
     return Samples(**data)
 
-# %% ../../nbs/operators/00_samples.ipynb #0d9dd03f
+# %% ../../nbs/operators/00_samples.ipynb #e9a5881a
+def check_dtype(dtype: np.dtype, name: str, kind: str) -> None:
+    "Raise `TypeError` unless `dtype` is one of numbers or truth values"
+    if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
+        raise TypeError(f"{name}: got {kind} of dtype {dtype}, expected numbers or truth values")
+
+# %% ../../nbs/operators/00_samples.ipynb #38b8dd64
 def read_host_array(
     leaf: Any,  # has `__array__`, or is a number, or a list of numbers
     name: str,  # what to call it in a message
 ) -> np.ndarray:
-    "A copy of `leaf` as an array of numbers or truth values; `TypeError` or `ValueError` if it is none"
+    "A copy of `leaf`, an array of numbers or truth values; `TypeError` or `ValueError` otherwise"
     kind = type(leaf).__name__
     if isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(f"{name}: got a {kind}, expected an array without a mask of its own")
@@ -79,13 +85,7 @@ def read_host_array(
     check_dtype(array.dtype, name, kind)
     return array
 
-
-def check_dtype(dtype: np.dtype, name: str, kind: str) -> None:
-    "Raise `TypeError` unless `dtype` is one of numbers or truth values"
-    if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
-        raise TypeError(f"{name}: got {kind} of dtype {dtype}, expected numbers or truth values")
-
-# %% ../../nbs/operators/00_samples.ipynb #c69c3001
+# %% ../../nbs/operators/00_samples.ipynb #172d7d51
 def leaf_name(path) -> str:
     "What to call the leaf at `path` of the parts in a message"
     return "data" + jax.tree_util.keystr(path)
@@ -101,9 +101,9 @@ def map_named(
     parts = jax.tree_util.tree_map_with_path(named, samples._asdict(), is_leaf=is_leaf)
     return Samples(**parts)
 
-# %% ../../nbs/operators/00_samples.ipynb #f76f85d9
+# %% ../../nbs/operators/00_samples.ipynb #bd6263e2
 def read_samples(
-    data: Any,  # a mapping with "input", "target", and maybe "weight", "mask" and "index"; or `Samples`
+    data: Any,  # a mapping with the keys of the table above; or `Samples`
 ) -> Samples:  # with JAX arrays as leaves
     "The parts of `data`, each taken over as it is now; `Samples` unchanged"
     return data if isinstance(data, Samples) else map_named(_read_leaf, name_parts(data))
@@ -114,21 +114,7 @@ def _read_leaf(leaf, name) -> Any:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct): return leaf
     return jax.device_put(read_host_array(leaf, name))
 
-# %% ../../nbs/operators/00_samples.ipynb #94c3811b
-def count_samples(
-    samples: Samples,
-    parts: tuple[str, ...] = ("input", "target"),  # the parts to look at
-) -> int:  # N ≥ 1
-    "The length N of the leading axis that all leaves share; `ValueError` if they do not, or if N = 0"
-    names = {}  # one for each length that is seen
-    looked_at = {part: getattr(samples, part) for part in parts}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(looked_at):
-        if not np.shape(leaf):
-            raise ValueError(f"{leaf_name(path)}: got a scalar, expected a leading batch axis")
-        names.setdefault(np.shape(leaf)[0], leaf_name(path))
-    return _only_length(names)
-
-
+# %% ../../nbs/operators/00_samples.ipynb #00849174
 def _only_length(names) -> int:
     "The length, if `names` has one and it is not zero"
     if not names:
@@ -140,7 +126,21 @@ def _only_length(names) -> int:
     if length == 0: raise ValueError("data: got an empty batch, expected at least one sample")
     return length
 
-# %% ../../nbs/operators/00_samples.ipynb #f8fd5d1e
+# %% ../../nbs/operators/00_samples.ipynb #2e6d4ee0
+def count_samples(
+    samples: Samples,
+    parts: tuple[str, ...] = ("input", "target"),  # the parts to look at
+) -> int:  # N ≥ 1
+    "The length N of the leading axis; `ValueError` unless all leaves share it, or if N = 0"
+    names = {}  # one for each length that is seen
+    looked_at = {part: getattr(samples, part) for part in parts}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(looked_at):
+        if not np.shape(leaf):
+            raise ValueError(f"{leaf_name(path)}: got a scalar, expected a leading batch axis")
+        names.setdefault(np.shape(leaf)[0], leaf_name(path))
+    return _only_length(names)
+
+# %% ../../nbs/operators/00_samples.ipynb #de56ef12
 def number_samples(
     samples: Samples,  # with a leading axis of samples
     start: int | jax.Array = 0,  # the number of the first one
@@ -148,3 +148,23 @@ def number_samples(
     "`samples` with an index: their own, or start, start + 1, …"
     if samples.index is not None: return samples
     return samples._replace(index=as_array(start + np.arange(count_samples(samples))))
+
+# %% ../../nbs/operators/00_samples.ipynb #fa518d13
+def wide_dtype(dtype: Any) -> np.dtype:
+    "`dtype` for sums: float32 or better for floating-point numbers, and as it is for integers"
+    return working_dtype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else np.dtype(dtype)
+
+
+def zeros_to_add_to(like: Any) -> Any:
+    "Zeros of the shapes in `like`, a tree of arrays or of shapes and dtypes"
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf.dtype)), like)
+
+
+def add_to(total: Any, value: Any) -> Any:
+    "total + value, in the dtypes of `total`"
+    return jax.tree.map(jnp.add, total, cast_like(value, total))
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    "`tree`, with the dtypes of `like`"
+    return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)

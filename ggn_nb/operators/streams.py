@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stream']
 
-# %% ../../nbs/operators/03_streams.ipynb #98e5361a
+# %% ../../nbs/operators/03_streams.ipynb #d88c5b0d
 import atexit
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,16 +22,16 @@ import numpy as np
 
 from .batches import Batch, put_on_device, read_batches
 from .passes import PassRecord, compare_passes
-from ..tools.arrays import working_dtype
+from .samples import add_to, cast_like, zeros_to_add_to
 from ..tools.checks import check_function, check_like
 
-# %% ../../nbs/operators/03_streams.ipynb #c8464bd9
+# %% ../../nbs/operators/03_streams.ipynb #9a2d706a
 try:
     from jax import enable_x64
 except ImportError:  # its home in earlier versions of JAX
     from jax.experimental import enable_x64
 
-# %% ../../nbs/operators/03_streams.ipynb #fc38a968
+# %% ../../nbs/operators/03_streams.ipynb #d4c71e0f
 class _End(NamedTuple):
     "The last item in the queue"
 
@@ -39,33 +39,37 @@ class _End(NamedTuple):
 
 
 @dataclass
-class _Worker:
+class _Shared:
     "What the thread that makes items and the loop that takes them have in common"
 
     places: Semaphore  # that are free in the queue
-    made: SimpleQueue = field(default_factory=SimpleQueue)
+    queue: SimpleQueue = field(default_factory=SimpleQueue)
     stopped: Event = field(default_factory=Event)  # set when the loop wants no more
 
-    def make(self, items: Iterator, x64: bool, device: Any) -> None:
-        "In the thread: put `items` into the queue until they end, fail, or are not wanted any more"
-        error = None
-        try:
-            with enable_x64(x64), jax.default_device(device), closing(items):
-                for item in items:
-                    self.made.put(item)
-                    self.places.acquire()
-                    if self.stopped.is_set(): break
-        except BaseException as e: error = e
-        self.made.put(_End(error))
 
-    def take(self) -> Iterator:
-        "In the loop: the items, as they come"
-        while not isinstance(item := self.made.get(), _End):
-            self.places.release()
-            yield item
-        if item.error is not None: raise item.error
+def _make_items(items: Iterator, shared: _Shared, x64: bool, device: Any) -> None:
+    "In the thread: put `items` into the queue until they end, fail, or are not wanted any more"
+    error = None
+    try:
+        with enable_x64(x64), jax.default_device(device), closing(items):
+            for item in items:
+                shared.queue.put(item)
+                shared.places.acquire()
+                if shared.stopped.is_set(): break
+    except BaseException as e: error = e
+    shared.queue.put(_End(error))
 
-# %% ../../nbs/operators/03_streams.ipynb #eba08f80
+# %% ../../nbs/operators/03_streams.ipynb #6159bd70
+def _take_items(shared: _Shared) -> Iterator:
+    "In the loop: the items, as they come"
+    item = shared.queue.get()
+    while not isinstance(item, _End):
+        shared.places.release()
+        yield item
+        item = shared.queue.get()
+    if item.error is not None: raise item.error
+
+# %% ../../nbs/operators/03_streams.ipynb #74c55b07
 _RUNNING: set[Callable] = set()  # what ends the threads
 
 
@@ -74,42 +78,53 @@ def _end_all() -> None:
     "When the interpreter exits: before JAX does, for it was imported earlier"
     while _RUNNING: _RUNNING.pop()()
 
-# %% ../../nbs/operators/03_streams.ipynb #497d7547
+# %% ../../nbs/operators/03_streams.ipynb #50ad6f01
 def run_ahead(
     items: Iterator,  # a generator
     number: int,  # ≥ 1
 ) -> Iterator:
     "`items`, of which a thread makes up to `number` in advance, until this iterator is closed"
-    worker, running = _Worker(Semaphore(number - 1)), _RUNNING
+    shared, running = _Shared(Semaphore(number - 1)), _RUNNING
     settings = jax.config.jax_enable_x64, jax.config.jax_default_device
-    thread = Thread(target=worker.make, args=(items, *settings), name=__name__, daemon=True)
+    thread = Thread(target=_make_items, args=(items, shared, *settings), name=__name__, daemon=True)
 
     def end():
-        worker.stopped.set()
-        worker.places.release()
+        shared.stopped.set()
+        shared.places.release()
         thread.join()
 
     thread.start()
     running.add(end)
-    try: yield from worker.take()
+    try: yield from _take_items(shared)
     finally:
         if end in running:  # no more, if the interpreter is exiting
             running.remove(end)
             end()
 
-# %% ../../nbs/operators/03_streams.ipynb #4ee8a9c8
+# %% ../../nbs/operators/03_streams.ipynb #e5af5a01
 def _check_source(source: Any) -> None:
     "Raise `TypeError` unless `source` can be iterated over again and again, or called"
     kind = type(source).__name__
     if isinstance(source, Iterator):
-        raise TypeError(f"data: got a {kind}, which can be read only once, expected an iterable that "
-                        "gives a new iterator each time, or a function without arguments that makes "
-                        "it, as in Stream(lambda: make_batches())")
+        raise TypeError(f"data: got a {kind}, which can be read only once, expected an iterable "
+                        "that gives a new iterator each time, or a function without arguments "
+                        "that makes it, as in Stream(lambda: make_batches())")
     if isinstance(source, Mapping) or not (isinstance(source, Iterable) or callable(source)):
         raise TypeError(f"data: got {kind}, expected an iterable of batches, or a function without "
                         "arguments that makes one")
 
-# %% ../../nbs/operators/03_streams.ipynb #1dbfe352
+# %% ../../nbs/operators/03_streams.ipynb #cbd93035
+def _check_made(made: Any, earlier: Any) -> None:
+    "Raise unless a function made batches, and by another iterator than in an earlier pass"
+    kind = type(made).__name__
+    if not isinstance(made, Iterable):
+        raise TypeError(f"data: got a function that returns {kind}, "
+                        "expected one that returns batches")
+    if isinstance(made, Iterator) and made is earlier:
+        raise ValueError(f"data: got a function that returned the same {kind} twice, "
+                         "expected one that makes a new iterator each time")
+
+# %% ../../nbs/operators/03_streams.ipynb #dd4c8750
 @dataclass
 class _Source:
     "What is read in each pass"
@@ -119,22 +134,14 @@ class _Source:
 
     def open(self) -> Iterator:
         "The batches of one pass"
-        yield from self.source if isinstance(self.source, Iterable) else self._make()
-
-    def _make(self) -> Iterable:
-        "What the function makes"
-        made, earlier = self.source(), self.made
-        kind = type(made).__name__
+        made = self.source
         if not isinstance(made, Iterable):
-            raise TypeError(f"data: got a function that returns {kind}, "
-                            "expected one that returns batches")
-        if isinstance(made, Iterator) and made is earlier:
-            raise ValueError(f"data: got a function that returned the same {kind} twice, "
-                             "expected one that makes a new iterator each time")
-        self.made = made
-        return made
+            made = self.source()
+            _check_made(made, self.made)
+            self.made = made
+        yield from made
 
-# %% ../../nbs/operators/03_streams.ipynb #1e9e6880
+# %% ../../nbs/operators/03_streams.ipynb #53fb25f9
 def _import_tqdm() -> Callable:
     "The class `tqdm`, or `ImportError`"
     try: from tqdm import tqdm
@@ -151,20 +158,21 @@ def _show_progress(batches: Iterator, total: int | None) -> Iterator:
             yield batch
             bar.update()
 
-
+# %% ../../nbs/operators/03_streams.ipynb #ebc43051
 def _length(source: Any) -> int | None:
     "`len(source)`, where it has a length that it knows"
     try: return len(source)
     except (TypeError, NotImplementedError): return None
 
-# %% ../../nbs/operators/03_streams.ipynb #862f4023
+# %% ../../nbs/operators/03_streams.ipynb #b3ab48b2
 @dataclass(frozen=True, eq=False, repr=False)
 class Stream:
-    """Data that is read batch by batch, anew for each product: takes the place of the mapping `data`.
+    """Data that is read batch by batch, anew for each product; takes the place of a mapping `data`.
 
-    A batch is a pair (input, target), or a mapping with the keys of the data. Its arrays may be those of
-    any library: whatever has a method `__array__` will do. `for batch in stream` reads the source once and gives
-    each batch as a `Batch` of JAX arrays, all of them with the number of rows of the first one.
+    A batch is a pair (input, target), or a mapping with the keys of the data. Its arrays may be
+    those of any library: whatever has a method `__array__` will do. `for batch in stream` reads the
+    source once and gives each batch as a `Batch` of JAX arrays, filled up to the number of rows of
+    the first one.
 
     Arguments:
 
@@ -178,8 +186,9 @@ class Stream:
     Raises:
 
     - `TypeError`: when the source can be read only once, or is no source.
-    - `ValueError`: when `prefetch` is not an integer of at least 0; during a pass, when a batch cannot be
-      read, or is not the one that an earlier pass had in its place.
+    - `ValueError`: when `prefetch` is not an integer of at least 0.
+    - `ValueError` or `TypeError` during a pass: when a batch cannot be read, or is not the one that
+      an earlier pass had in its place.
     - `ImportError`: for `progress=True`, when `tqdm` is not installed.
 
     Example:
@@ -228,21 +237,14 @@ class Stream:
         source = type(self.source).__name__
         return f"Stream({source}, prefetch={self.prefetch}, check={self.check})"
 
-# %% ../../nbs/operators/03_streams.ipynb #47fe3a71
+# %% ../../nbs/operators/03_streams.ipynb #7efd9ea6
 @partial(jax.jit, donate_argnums=0)
 def _add(total: Any, value: Any) -> tuple[Any, jax.Array]:
     "total + value, and a number that is ready when the sum is; `total` may be None"
-    if total is None: total = jax.tree.map(_zeros_to_add_to, value)
-    added = jax.tree.map(lambda t, v: t + v.astype(t.dtype), total, value)
-    return added, jnp.zeros(())
+    if total is None: total = zeros_to_add_to(value)
+    return add_to(total, value), jnp.zeros(())
 
-
-def _zeros_to_add_to(value) -> jax.Array:
-    "Zeros like `value`, in float32 or better"
-    is_inexact = jnp.issubdtype(value.dtype, jnp.inexact)
-    return jnp.zeros(value.shape, working_dtype(value.dtype) if is_inexact else value.dtype)
-
-# %% ../../nbs/operators/03_streams.ipynb #50a7dcbc
+# %% ../../nbs/operators/03_streams.ipynb #540dcb3b
 def _check_numbers(value: Any) -> None:
     "Raise `TypeError` unless every leaf of `value` is an array of numbers"
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
@@ -253,7 +255,7 @@ def _check_numbers(value: Any) -> None:
         if not jnp.issubdtype(dtype, jnp.number):
             raise TypeError(f"{name}: got dtype {dtype}, expected numbers")
 
-# %% ../../nbs/operators/03_streams.ipynb #a9039dec
+# %% ../../nbs/operators/03_streams.ipynb #9da9f3cb
 _AT_ONCE = 3  # batches that the device is given before the loop waits for the first of them
 
 
@@ -268,16 +270,16 @@ def _sum_in_turn(values: Iterator) -> Any:
         total, is_done = _add(total, value)
         in_flight.append(is_done)
         if len(in_flight) == _AT_ONCE: jax.block_until_ready(in_flight.popleft())
-    return jax.tree.map(lambda t, v: t.astype(v.dtype), total, like)
+    return cast_like(total, like)
 
-# %% ../../nbs/operators/03_streams.ipynb #ee8d4af4
+# %% ../../nbs/operators/03_streams.ipynb #982c4926
 def sum_over_batches(
     stream: Stream,
     fn: Callable,  # fn(batch: Batch, *args) -> pytree of arrays, of the same shapes for each batch
     *args: Any,  # further arguments
     pad: bool = True,  # are small batches filled up? Otherwise `fn` sees them as they are
 ) -> Any:  # as `fn` returns it
-    "Σ `fn(batch, *args)` over the batches of `stream`, in float32 or better; compile `fn` with `jax.jit`"
+    "Σ `fn(batch, *args)` over the batches of `stream`; compile `fn` with `jax.jit`"
     if not isinstance(stream, Stream):
         raise TypeError(f"stream: got {type(stream).__name__}, expected a Stream")
     check_function(fn, "fn")

@@ -1,6 +1,10 @@
 """Every loss against an independent reference: shapes, weights, masks, claims, half precision, bad input."""
 
+import doctest
+import importlib
+import inspect
 import math
+import pkgutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import ggn_nb.losses
 from ggn_cases import run_cases
-from ggn_nb import create_ggn_mv, create_loss, multi_head, verify
-from ggn_nb.losses.closed_form import registered_losses
+from ggn_nb import CustomLoss, Loss, create_ggn_mv, create_loss, multi_head, verify
+from ggn_nb.losses.closed_form import registered_losses, registered_rows
+from ggn_nb.losses.custom import HessianOnly
+from ggn_nb.losses.table import evaluate_row, row_cells
 from ggn_nb.tools.testing import assert_close, dense_from_mv
 from ggn_nb.tools.timing import count_compiles
 from hypothesis import strategies as st
@@ -127,7 +134,7 @@ LEADS = [(2,), (2, 3), (3, 2, 2)]
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_against_jax_hessian(name):
-    """Value, gradient, Hessian and factor, 26 cases for each of the variants: 520 in all."""
+    """Value, gradient, Hessian and square root, 26 cases for each of the variants: 520 in all."""
     variant = VARIANTS[name]
     loss = create_loss(variant.name, **variant.options)
 
@@ -142,7 +149,7 @@ def test_against_jax_hessian(name):
         if loss.is_hessian:
             assert_close(loss.hessian_mv(u, f, y, **given), hu, rtol=1e-10, atol=1e-12)
         if name not in INDEFINITE:
-            ssu = loss.factor_mv(loss.factor_transpose_mv(u, f, y, **given), f, y, **given)
+            ssu = loss.square_root_mv(loss.square_root_transpose_mv(u, f, y, **given), f, y, **given)
             assert_close(ssu, loss.hessian_mv(u, f, y, **given), rtol=1e-10, atol=1e-12)
         if float(w.sum()) > 0 and "classes" not in name and "both" not in name:
             assert_close(loss.total(f, y, reduction="mean", **given), total(f) / w.sum(), rtol=1e-10, atol=1e-12)
@@ -226,47 +233,209 @@ def test_fisher_information_of_vectors(name):
     assert_close(dense_from_mv(lambda u: loss.hessian_mv(u, f), f), jnp.einsum("n,ni,nj->ij", density, scores, scores), rtol=1e-8, atol=1e-10)
 
 
-# The table of losses: each row's expressions are evaluated.
+# The table of losses: each row's expressions are evaluated, for options of which the row says nothing too.
+
+ROWS = [(name, i) for name, rows in sorted(registered_rows().items()) for i in range(len(rows))]
+NUMBERS = {"scale": 0.7, "delta": 0.7, "df": 3.0, "concentration": 1.5}
+rows = pytest.mark.parametrize(("name", "i"), ROWS)
 
 
-def softmax(f):
-    return np.exp(f - f.max()) / np.sum(np.exp(f - f.max()))
+def loss_of_row(name, i):
+    """A row, its loss, and the options that made it: those of the row, and numbers that are not the defaults."""
+    row, make = registered_rows()[name][i], registered_losses()[name]
+    free = {} if "precision" in row.options else {k: v for k, v in NUMBERS.items() if k in inspect.signature(make).parameters}
+    options = free | dict(row.options)
+    return row, make(**options), options
 
 
-NAMES = {name: getattr(np, name) for name in ("exp", "log", "sqrt", "abs", "sign", "diag", "outer", "eye", "pi", "where", "clip")}
-NAMES |= {"softmax": softmax, "sigmoid": lambda f: 1 / (1 + np.exp(-f)), "lgamma": np.vectorize(math.lgamma), "cholesky": np.linalg.cholesky}
-
-
-@pytest.mark.parametrize("name", sorted(registered_losses()))
-def test_claims_of_the_table(name):
-    loss = create_loss(name)
-    assert loss.claims is not None, "the table needs a row"
+def data_of_row(name, loss, lead, seed=0):
+    """A prediction, a vector and targets, for positions of shape `lead`."""
     variant = next((v for v in VARIANTS.values() if v.name == name), VARIANTS["mse"])
-    names = NAMES | {k: np.asarray(v) for k, v in loss.options.items() if v is not None}
+    size = 2 if name == "heteroscedastic_gaussian" else 3
+    f, u, y, _ = draw(variant._replace(size=None if loss.axis is None else size), lead, seed)
+    if loss.axis is None:
+        return f[..., 0], u[..., 0], y[..., 0]
+    return f, u, draw(variant, lead, seed)[2] if name != "gaussian" else y
+
+
+@rows
+def test_rows_of_the_table(name, i):
+    row, loss, options = loss_of_row(name, i)
     for seed in range(5):
-        f, _, y, _ = draw(variant, (), seed)
-        if loss.axis is None:
-            f, y = f[0], y[0] if y.ndim else y
-        local = names | {"f": np.asarray(f), "y": np.asarray(y)}
-        for definition in filter(None, loss.claims.where.split(";")):
-            symbol, _, expression = definition.partition("=")
-            local[symbol.strip()] = eval(expression, {"__builtins__": {}}, local)
-        says = lambda expression: jnp.asarray(np.asarray(eval(expression, {"__builtins__": {}}, local), np.float64))
-        assert_close(loss.value(f, None if loss.target is None else y), says(loss.claims.value), rtol=1e-10, atol=1e-12)
+        f, _, y = data_of_row(name, loss, (), seed)
+        said = evaluate_row(row, options | {"f": f, "y": y})
+        assert_close(loss.value(f, None if loss.read_target is None else y), jnp.asarray(said["value"]), rtol=1e-10, atol=1e-12)
         dense = lambda mv: dense_from_mv(lambda u: mv(u, f, y), f).reshape(f.shape * 2)
-        for mv, claim in ((loss.hessian_mv, loss.claims.hessian), (loss.factor_mv, loss.claims.factor)):
-            assert_close(dense(mv), jnp.broadcast_to(says(claim), f.shape * 2), rtol=1e-10, atol=1e-12)
+        assert_close(dense(loss.hessian_mv), jnp.broadcast_to(said["hessian"], f.shape * 2), rtol=1e-10, atol=1e-12)
+        if "square_root" in said:
+            assert_close(dense(loss.square_root_mv), jnp.broadcast_to(said["square_root"], f.shape * 2), rtol=1e-10, atol=1e-12)
+        else:
+            with pytest.raises(ValueError, match="no square root"):
+                loss.square_root_mv(f, f, y)
+    assert all(row_cells(row))
 
 
 @pytest.mark.parametrize("name", sorted(registered_losses()))
-def test_cost_of_the_table(name):
-    """The operations of a product grow as the claimed power of the size of a position, or not at all."""
-    loss = create_loss(name)
-    assert loss.claims.cost in ("O(1)", "O(C)")
-    if loss.axis is None or name == "heteroscedastic_gaussian":
-        return
-    flops = lambda c: jax.jit(loss.hessian_mv).lower(jnp.ones((1, c)), jnp.ones((1, c))).compile().cost_analysis()["flops"]
-    assert flops(4096) < 1.2 * 4 * flops(1024)
+def test_every_loss_has_a_row_for_each_curvature(name):
+    """The first row is that of the defaults; where H may be chosen, there is one for the other choice."""
+    said, options = registered_rows()[name], inspect.signature(registered_losses()[name]).parameters
+    assert said[0].options == {}
+    if "curvature" in options:
+        other = {"hessian": "fisher", "fisher": "hessian"}[options["curvature"].default]
+        assert {"curvature": other} in [row.options for row in said]
+
+
+@pytest.mark.parametrize("wrong", ["hessian", "value", "square_root"])
+def test_a_wrong_row_is_noticed(wrong, monkeypatch):
+    said = registered_rows()["huber"]
+    broken = said[0]._replace(**{wrong: getattr(said[0], wrong) + " + 1e-6"})
+    monkeypatch.setitem(ggn_nb.losses.closed_form._ROWS, "huber", (broken, *said[1:]))
+    with pytest.raises(AssertionError):
+        test_rows_of_the_table("huber", 0)
+
+
+def operations(loss, f, u, y) -> float:
+    """What XLA counts of a compiled product: operations, and numbers read and written."""
+    cost = jax.jit(loss.hessian_mv).lower(u, f, y).compile().cost_analysis()
+    return cost["flops"] + cost.get("transcendentals", 0.0) + cost["bytes accessed"] / f.dtype.itemsize
+
+
+def cost_of_positions(name, loss, n) -> float:
+    """Of n positions."""
+    f, u, y = data_of_row(name, loss, (n,))
+    return operations(loss, f, u, y)
+
+
+def cost_of_size(name, row, c) -> float:
+    """Of one position with C entries."""
+    sized = {"class_weight": jnp.ones(c), "precision": jnp.eye(c)}
+    loss = registered_losses()[name](**{k: sized.get(k, v) for k, v in row.options.items()})
+    f = jnp.asarray(np.random.default_rng(c).standard_normal((1, c)))
+    return operations(loss, f, f, jnp.zeros(1, int) if name == "cross_entropy" else f)
+
+
+@rows
+def test_cost_of_the_table(name, i):
+    """O(1): in proportion to the number of positions. O(C), O(C²): growing so with the size C of one position."""
+    row, loss, _ = loss_of_row(name, i)
+    cost = (lambda n: cost_of_positions(name, loss, n)) if row.cost == "O(1)" else (lambda c: cost_of_size(name, row, c))
+    power = {"O(1)": 1, "O(C)": 1, "O(C**2)": 2}[row.cost]
+    assert abs(math.log(cost(4096) / cost(1024), 4) - power) < 0.1
+
+
+@rows
+def test_positions_are_not_mixed(name, i):
+    _, loss, _ = loss_of_row(name, i)
+    f, _, y = data_of_row(name, loss, (4,))
+    blocks = np.asarray(dense_from_mv(lambda u: loss.hessian_mv(u, f, y), f)).reshape(4, -1, 4, f.size // 4)
+    for a in range(4):
+        for b in range(4):
+            assert a == b or not blocks[a, :, b].any()
+
+
+# What is put where nothing counts, what a loss prints, and what it is
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_stands_at_positions_that_do_not_count_is_a_valid_target(name):
+    variant = VARIANTS[name]
+    loss = create_loss(variant.name, **variant.options)
+    f, _, y, _ = draw(variant, (4,), 0)
+    read = lambda y: loss.read_target(y, f, **loss.options_in(f.dtype))
+    assert bool(jnp.all(read(jnp.full(y.shape, read(y).fill, y.dtype)).valid))
+
+
+DIFFERENT = [
+    ("gamma", {}, {"curvature": "fisher"}),
+    ("negative_binomial", {}, {"curvature": "fisher"}),
+    ("huber", {}, {"curvature": "fisher"}),
+    ("huber", {}, {"delta": 2.0}),
+    ("student_t", {}, {"curvature": "hessian"}),
+    ("heteroscedastic_gaussian", {}, {"curvature": "hessian"}),
+    ("heteroscedastic_gaussian", {}, {"axis": 0}),
+    ("cross_entropy", {}, {"axis": -3}),
+    ("cross_entropy", {}, {"label_smoothing": 0.1}),
+    ("cross_entropy", {}, {"ignore_index": None}),
+    ("binary_cross_entropy", {"pos_weight": 2.0}, {"class_weight": 2.0}),
+    ("gaussian", {"scale": CLASSES}, {"precision": PRECISION}),
+]
+
+
+@pytest.mark.parametrize(("name", "some", "other"), DIFFERENT)
+def test_losses_that_differ_print_differently(name, some, other):
+    first, second = (repr(create_loss(name, **options)) for options in (some, other))
+    assert first != second
+    assert "\n" not in first + second
+    assert "at 0x" not in first + second
+
+
+def test_losses_of_the_same_options_share_a_program():
+    """Options are leaves; what is static is equal, and holds nothing that the table says."""
+    structure = lambda loss: jax.tree.structure(loss)
+    for name, make in registered_losses().items():
+        assert structure(make()) == structure(make()), name
+        assert not any(isinstance(part, type(registered_rows()["mse"][0])) for part in vars(make()).values())
+    assert structure(create_loss("huber", delta=2.0)) == structure(create_loss("huber"))
+    assert structure(create_loss("huber", curvature="fisher")) != structure(create_loss("huber"))
+
+
+@pytest.mark.parametrize("linearize", ["cached", "recomputed"])
+def test_custom_losses_made_by_hand_are_arguments_of_a_program(linearize):
+    square = CustomLoss(lambda f, y: (f - y) ** 2)
+    only = HessianOnly(lambda jv, pred, target: 2 * jv)
+    rng = np.random.default_rng(0)
+    x, W, v = (jnp.asarray(rng.standard_normal(s)) for s in ((6, 3), (3, 2), (3, 2)))
+    data = {"input": x, "target": jnp.zeros((6, 2))}
+    for loss in (square, only):
+        G = create_ggn_mv(lambda input, params: input @ params, W, data, loss, linearize=linearize)
+        assert_close(jax.jit(lambda G, v: G(v))(G, v), 2 * x.T @ (x @ v))
+        assert jax.tree.leaves(loss) == []
+        assert jax.tree.structure(loss) == jax.tree.structure(jax.tree.map(lambda a: a, loss))
+    carried = CustomLoss(jax.tree_util.Partial(lambda c, f, y: c * f**2, jnp.asarray(3.0)))
+    assert_close(jax.jit(lambda loss, u: loss.hessian_mv(u, u))(carried, jnp.ones(2)), jnp.full(2, 6.0))
+
+
+def test_what_a_loss_must_write():
+    class Nothing(Loss):
+        """Writes nothing."""
+
+    with pytest.raises(TypeError, match="faults.*hessian_mv.*weight_sum"):
+        Nothing()
+    only = HessianOnly(lambda jv, pred, target: 2 * jv)
+    for method, call in {
+        "value": lambda: only.value(F),
+        "value ": lambda: only.total(F),
+        "gradient": lambda: only.gradient(F),
+        "square_root_mv": lambda: only.square_root_mv(F, F),
+        "square_root_transpose_mv": lambda: only.square_root_transpose_mv(F, F),
+        "sample": lambda: only.sample(jax.random.key(0), F),
+    }.items():
+        with pytest.raises(ValueError, match=f"{method.strip()}: got a HessianOnly, expected a loss that has this method"):
+            call()
+
+
+MODULES = sorted(module.name for module in pkgutil.iter_modules(ggn_nb.losses.__path__))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_examples_in_docstrings(module):
+    registered = dict(ggn_nb.losses.closed_form._MAKERS)
+    try:
+        results = doctest.testmod(importlib.import_module(f"ggn_nb.losses.{module}"))
+    finally:
+        ggn_nb.losses.closed_form._MAKERS.clear()
+        ggn_nb.losses.closed_form._MAKERS.update(registered)
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("name", ggn_nb.losses.__all__)
+def test_public_names_are_documented(name):
+    subject = getattr(ggn_nb.losses, name)
+    text = inspect.getdoc(subject)
+    assert "Example:" in text
+    assert ">>> " in text
+    for argument in inspect.signature(subject).parameters if inspect.isfunction(subject) else ():
+        assert f"`{argument}`" in text, argument
 
 
 # Half precision and extreme predictions
@@ -287,7 +456,7 @@ def test_half_precision(name, dtype):
     assert_close(loss.hessian_mv(u, f, y), loss.hessian_mv(u_, f_, y_).astype(dtype), rtol=bound)
     assert_close(loss.gradient(f, y), loss.gradient(f_, y_).astype(dtype), rtol=bound)
     if name not in INDEFINITE:
-        assert_close(loss.factor_mv(u, f, y), loss.factor_mv(u_, f_, y_).astype(dtype), rtol=bound)
+        assert_close(loss.square_root_mv(u, f, y), loss.square_root_mv(u_, f_, y_).astype(dtype), rtol=bound)
 
 
 EXPONENTIAL = {"poisson": 80.0, "negative binomial": 1e4, "gamma": 80.0, "heteroscedastic": 80.0}
@@ -348,7 +517,7 @@ def test_gradients_through_weights(name):
     mixed = jax.jacobian(lambda w: jax.grad(lambda f: loss.total(f, y, weight=w))(f))(w)
     assert_close(jnp.stack([mixed[i, ..., i] for i in range(3)]), loss.gradient(f, y), atol=1e-13)
     if name not in INDEFINITE:
-        assert bool(jnp.all(jnp.isfinite(jax.grad(lambda w: jnp.vdot(u, loss.factor_mv(u, f, y, weight=w)))(w))))
+        assert bool(jnp.all(jnp.isfinite(jax.grad(lambda w: jnp.vdot(u, loss.square_root_mv(u, f, y, weight=w)))(w))))
 
 
 def test_ignored_labels():
@@ -381,7 +550,7 @@ def test_class_axis(axis):
     here, there = create_loss("cross_entropy", axis=axis), create_loss("cross_entropy")
     for given in ({}, {"weight": jnp.array([1.0, 2.0])}, {"mask": jnp.asarray(np.random.default_rng(2).uniform(size=y.shape) > 0.5)}):
         assert_close(here.value(f, y, **given), there.value(last, y, **given))
-        for method in ("hessian_mv", "factor_mv", "factor_transpose_mv"):
+        for method in ("hessian_mv", "square_root_mv", "square_root_transpose_mv"):
             expected = jnp.moveaxis(getattr(there, method)(last, last, y, **given), -1, axis)
             assert_close(getattr(here, method)(f, f, y, **given), expected)
     hot = jax.nn.one_hot(y, 3, axis=axis, dtype=f.dtype)
@@ -460,7 +629,7 @@ REFUSED = {
     "precision": (lambda: create_loss("gaussian", precision=-jnp.eye(3)), ValueError, "precision"),
     "delta": (lambda: create_loss("huber", delta=-1.0), ValueError, "delta: got -1"),
     "curvature": (lambda: create_loss("huber", curvature="gauss"), ValueError, "curvature: got 'gauss'"),
-    "indefinite": (lambda: create_loss("student_t", curvature="hessian").factor_mv(F, F, F), ValueError, "indefinite"),
+    "indefinite": (lambda: create_loss("student_t", curvature="hessian").square_root_mv(F, F, F), ValueError, "indefinite"),
     "heads": (lambda: multi_head({"a": "mse"}).value({"b": F}, {"b": F}), ValueError, "pred: got heads"),
     "heads of the target": (lambda: multi_head({"a": "mse"}).value({"a": F}, {"b": F}), ValueError, "target: got heads"),
 }

@@ -95,7 +95,7 @@ WITH_OPTIONS = [cross_entropy(label_smoothing=0.1), binary_cross_entropy(class_w
 def test_half_precision_is_rounded_once(loss):
     """Products over 4096 classes are computed in float32: each entry is as near as bfloat16 can be."""
     f, v = to("bfloat16", (normal(11, MANY), 1.0 + normal(12, MANY)))
-    for mv in (loss.hessian_mv, loss.factor_mv, loss.factor_transpose_mv):
+    for mv in (loss.hessian_mv, loss.square_root_mv, loss.square_root_transpose_mv):
         got, wide = mv(v, f), mv(*to("float64", (v, f)))
         assert got.dtype == v.dtype
         assert jnp.all(jnp.abs(got.astype(jnp.float64) - wide) <= 2.0**-8 * jnp.abs(wide) + 1e-6 * jnp.max(jnp.abs(wide)))
@@ -120,7 +120,7 @@ def test_weights_of_classes_and_samples_keep_the_dtype(dtype, weight):
     classes = np.array([0.5, 2.0, 3.0])
     for loss, y in [(cross_entropy(class_weight=classes, label_smoothing=0.2), labels),
                     (binary_cross_entropy(pos_weight=classes, class_weight=[1, 2, 3]), probabilities)]:
-        for method in ("hessian_mv", "factor_mv", "factor_transpose_mv"):
+        for method in ("hessian_mv", "square_root_mv", "square_root_transpose_mv"):
             mv = getattr(loss, method)
             got, wide = mv(v, f, y, weight=weight), mv(*to("float64", (v, f, y)), weight=weight)
             assert got.dtype == f.dtype
@@ -188,7 +188,7 @@ def test_cross_entropy_of_extreme_logits(dtype, logits, p):
     for v in np.concatenate([np.eye(len(p)), np.ones((1, len(p))), [np.arange(len(p)) * 1.0]]):
         got = cross_entropy().hessian_mv(jnp.asarray(v, dtype), f)
         assert_close(got, jnp.asarray(H @ v, dtype), atol=1e-7)
-        again = cross_entropy().factor_mv(cross_entropy().factor_transpose_mv(jnp.asarray(v, dtype), f), f)
+        again = cross_entropy().square_root_mv(cross_entropy().square_root_transpose_mv(jnp.asarray(v, dtype), f), f)
         assert_close(again, jnp.asarray(H @ v, dtype), atol=1e-7 if dtype in ("float32", "float64") else 5e-3)
 
 
@@ -197,7 +197,7 @@ def test_binary_cross_entropy_of_extreme_logits(dtype):
     f, v = jnp.asarray([1e4, -1e4, 0.0], dtype), jnp.asarray([1.0, -2.0, 3.0], dtype)
     for mv in (binary_cross_entropy().hessian_mv, create_loss_hessian_mv("binary_cross_entropy")):
         assert_close(mv(v, f), jnp.asarray([0, 0, 0.75], dtype))
-    for S in (binary_cross_entropy().factor_mv, binary_cross_entropy().factor_transpose_mv):
+    for S in (binary_cross_entropy().square_root_mv, binary_cross_entropy().square_root_transpose_mv):
         assert_close(jnp.abs(S(v, f)), jnp.asarray([0, 0, 1.5], dtype))
 
 
@@ -220,6 +220,87 @@ def test_saturated_curvature_keeps_its_relative_accuracy(gap, dtype):
         assert_close(got, jnp.asarray(curvature * np.array([1.0, -1.0]), dtype), rtol=rtol)
 
 
+# --- cancellation in the cross-entropy: (H u)_k = p_k Σ_j p_j (u_k − u_j), in which no sum cancels by itself
+
+NOISE, SCATTERED = np.random.default_rng(0).standard_normal((2, 1000))
+SEVENTH = np.arange(1000) == 7
+CANCELLING = {
+    "open, large constant": ([0.1, 0, -0.1], [10_001, 10_002, 10_003]),
+    "confident, large constant": ([15, 0, -3], [10_001, 10_002, 10_003]),
+    "confident, one entry": ([15, 0, -3], [1, 0, 0]),
+    "confident": ([25, 0, -3], [1, 2, -1]),
+    "very confident": ([80, 0, -3], [1, 2, -1]),
+    "just more than half": ([0.05, 0, -10], [10_001, 10_002, 10_003]),
+    "just less than half": ([0, 0, -10], [10_001, 10_002, 10_003]),
+    "equal logits": ([3, 3, 3, 3], [10_001, 10_002, 10_003, 10_000.5]),
+    "constant vector": ([0.1, 0, -0.1], [1e4, 1e4, 1e4]),
+    "1000 equal logits": (np.zeros(1000), 1e4 + NOISE),
+    "1000 logits": (SCATTERED, 1e4 + NOISE),
+    "1000 logits, confident": (SCATTERED + 25 * SEVENTH, 1e4 + NOISE),
+    "1000 logits, an outlier": (1e-4 * SEVENTH, 1e4 * SEVENTH + 1e-3 * NOISE),
+}
+cancelling = pytest.mark.parametrize("case", CANCELLING)
+
+
+def probabilities(f):
+    p = np.exp(f - f.max())
+    return p / p.sum()
+
+
+def single_and_double(case):
+    """Vector and logits in float32, and the same numbers in float64."""
+    u, f = (jnp.asarray(a, jnp.float32) for a in CANCELLING[case][::-1])
+    return u, f, np.asarray(u, np.float64), np.asarray(f, np.float64)
+
+
+def relative_to(size, got, want):
+    return np.max(np.abs(np.asarray(got, np.float64) - want) / np.maximum(size, 1e-300))
+
+
+@cancelling
+def test_entries_of_a_hessian_product_keep_their_digits(case):
+    """Each entry within 2e-5 of itself, and all within 5e-7 of the largest."""
+    u, f, wide_u, wide_f = single_and_double(case)
+    p = probabilities(wide_f)
+    want = p * ((wide_u[:, None] - wide_u) @ p)
+    for got in (cross_entropy().hessian_mv(u, f), jax.jit(cross_entropy().hessian_mv)(u, f)):
+        assert relative_to(np.abs(want), got, want) < 2e-5
+        assert relative_to(np.max(np.abs(want)), got, want) < 5e-7
+
+
+@cancelling
+def test_entries_of_a_transposed_square_root_keep_their_digits(case):
+    u, f, wide_u, wide_f = single_and_double(case)
+    p = probabilities(wide_f)
+    want = np.sqrt(p) * ((wide_u[:, None] - wide_u) @ p)
+    got = cross_entropy().square_root_transpose_mv(u, f)
+    assert relative_to(np.abs(want), got, want) < 2e-5
+    assert relative_to(np.max(np.abs(want)), got, want) < 5e-7
+
+
+@cancelling
+def test_entries_of_a_square_root_keep_their_digits(case):
+    """(S u)_k = q_k u_k Σ_{j≠k} p_j − p_k Σ_{j≠k} q_j u_j: right to the rounding of the terms of these two sums."""
+    u, f, wide_u, wide_f = single_and_double(case)
+    p, apart = probabilities(wide_f), 1 - np.eye(len(wide_f))
+    x = np.sqrt(p) * wide_u
+    first, second = x * (apart @ p), p * (apart @ x)
+    got = cross_entropy().square_root_mv(u, f)
+    assert relative_to(np.abs(first) + p * (apart @ np.abs(x)), got, first - second) < 2e-6
+
+
+def test_formulas_that_are_not_used_lose_the_digits():
+    """What the tests above would say of p (u − Σ p u), and of S u without the sum over the other classes."""
+    u, f, wide_u, wide_f = single_and_double("open, large constant")
+    p32, p = jax.nn.softmax(f), probabilities(wide_f)
+    want = p * ((wide_u[:, None] - wide_u) @ p)
+    assert relative_to(np.max(np.abs(want)), p32 * (u - jnp.sum(p32 * u)), want) > 1e-4
+    u, f, _, wide_f = single_and_double("confident, one entry")
+    q32, p = jnp.exp(jax.nn.log_softmax(f) / 2), probabilities(wide_f)
+    want = np.sqrt(p[0]) * (p[1] + p[2])
+    assert abs(float(q32[0] - jax.nn.softmax(f)[0] * q32[0]) / want - 1) > 0.1
+
+
 @pytest.mark.parametrize("linearize", POLICIES)
 @dtypes
 def test_operator_at_extreme_logits(dtype, linearize):
@@ -235,7 +316,7 @@ def test_operator_at_extreme_logits(dtype, linearize):
 @pytest.mark.parametrize("level", [0.0, 1e4, -1e4])
 def test_a_softmax_over_one_class_has_no_curvature(shape, level):
     f, v = jnp.full(shape, level), normal(22, *shape)
-    for mv in (cross_entropy().hessian_mv, cross_entropy().factor_mv, cross_entropy().factor_transpose_mv):
+    for mv in (cross_entropy().hessian_mv, cross_entropy().square_root_mv, cross_entropy().square_root_transpose_mv):
         assert_close(mv(v, f), jnp.zeros(shape))
     mv = create_ggn_mv_without_data(lambda input, params: input * params, jnp.ones(shape), "cross_entropy", 1.0)
     got = mv(jnp.ones(shape), {"input": jnp.ones((2, *shape)), "target": None})
