@@ -200,13 +200,26 @@ def one_host(site) -> None:
 
     shutil.copytree(NBS / "katex", DOCS / "site_libs" / "katex")
     cfg = get_config()
-    home = f'href="{cfg.doc_host}{cfg.doc_baseurl}/'
-    for page in site.pages.values():
-        up = "../" * (len(page.out.parts) - 1) or "./"
-        html = (DOCS / page.out).read_text()
-        (DOCS / page.out).write_text(html.replace(KATEX, up + "site_libs/katex").replace(home, f'href="{up}'))
+    home = f"{cfg.doc_host}{cfg.doc_baseurl}/"
+    pages = {page.out.as_posix(): (DOCS / page.out).read_text() for page in site.pages.values()}
+    entries = {name: set(re.findall(r'\bid="([^"]+)"', html)) for name, html in pages.items()}
+    for name, html in pages.items():
+        html = without_dead_links(html, home, entries)
+        up = "../" * name.count("/") or "./"
+        html = html.replace(KATEX, up + "site_libs/katex").replace(f'href="{home}', f'href="{up}')
+        (DOCS / name).write_text(html)
     for css in (DOCS / "site_libs" / "themes").glob("*.css"):
         css.write_text(re.sub(r"@import url\(https:[^)]*\);", "", css.read_text()))
+
+
+def without_dead_links(html: str, home: str, entries: dict[str, set[str]]) -> str:
+    """nbdev links every name in backticks that a module defines; a private one has no entry to lead to."""
+
+    def plain(link: re.Match) -> str:
+        page, name, code = link.groups()
+        return link[0] if name in entries[page] else code
+
+    return re.sub(rf'<a href="{re.escape(home)}([^"#]+)#([^"]+)"[^>]*>(<code>[^<]*</code>)</a>', plain, html)
 
 
 if __name__ == "__main__":
