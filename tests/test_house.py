@@ -9,6 +9,7 @@ import doctest
 import enum
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -117,7 +118,6 @@ def exported(module: str) -> list[str]:
     return getattr(importlib.import_module(module), "__all__", [])
 
 
-@not_yet
 def test_public_names_are_listed():
     for package in PUBLIC:
         names = package.__all__
@@ -146,6 +146,24 @@ def code(path: Path) -> list[str]:
 def test_lines_of_code_fit():
     lines = [(module, line) for module, path in MODULES.items() for line in code(path)]
     assert not [(module, line) for module, line in lines if len(line) > COLUMNS]
+
+
+def statements(cell: dict) -> list[ast.stmt]:
+    """What a cell of code does, without Jupyter's magic."""
+    lines = [line for line in cell["source"] if not line.startswith("%")]
+    return ast.parse("".join(lines)).body if cell["cell_type"] == "code" else []
+
+
+@not_yet
+def test_cells_with_imports_do_nothing_else():
+    """nbdev runs them, and them alone, to build the site."""
+    mixed = []
+    for path in notebooks():
+        for cell in json.loads(path.read_text())["cells"]:
+            kinds = {isinstance(s, ast.Import | ast.ImportFrom) for s in statements(cell)}
+            if len(kinds) == 2:
+                mixed.append((path.name, cell["id"]))
+    assert not mixed
 
 
 # Docstrings
@@ -185,7 +203,6 @@ def to_document(value) -> list[str]:
     return [] if made_by_another(value) else list(inspect.signature(value).parameters)
 
 
-@not_yet
 def test_docstrings_name_every_parameter():
     missing = [
         (name, parameter)
