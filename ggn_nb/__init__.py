@@ -13,6 +13,7 @@ from ggn_nb.losses import (
     multi_head,
     register_loss,
 )
+from ggn_nb.operators.batches import Batch
 from ggn_nb.operators.creation import DataOptions, ProblemOptions, Unbound
 from ggn_nb.operators.curvature import Curvature
 from ggn_nb.operators.fisher import Fisher, create_fisher_mv, create_fisher_mv_without_data
@@ -32,7 +33,7 @@ from ggn_nb.operators.samples import Samples
 from ggn_nb.operators.streamed import Streamed
 from ggn_nb.operators.streams import Stream
 from ggn_nb.operators.subset import select_params
-from ggn_nb.operators.verification import Report, is_psd, verify
+from ggn_nb.operators.verification import Check, Report, is_psd, verify
 
 __version__ = version("ggn_nb")
 
@@ -58,6 +59,7 @@ __all__ = [
     # data and parameters
     "Samples",
     "Stream",
+    "Batch",
     "select_params",
     # operators, what they are and how to make a kind
     "Operator",
@@ -81,4 +83,5 @@ __all__ = [
     "verify",
     "is_psd",
     "Report",
+    "Check",
 ]

@@ -145,8 +145,9 @@ def student_t(
 
         >>> import jax.numpy as jnp
         >>> from ggn_nb.losses import student_t
-        >>> print(student_t(df=5.0).hessian_mv(jnp.ones(1), jnp.zeros(1)).round(3))
-        [0.75]
+        >>> curvature = student_t(df=5.0).hessian_mv(jnp.ones(1), jnp.zeros(1))
+        >>> round(float(curvature[0]), 3)
+        0.75
     """
     options = {"df": as_option(df, "df"), "scale": as_option(scale, "scale")}
     fields = curvature_fields(curvature)

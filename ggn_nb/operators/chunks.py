@@ -95,7 +95,8 @@ def _check_rows(pred: Any, data: Any) -> Any:
     for leaf in jax.tree.leaves(pred):
         if leaf.shape[:1] != (rows,):
             raise ValueError(f"model_fn: got a prediction of shape {leaf.shape} for {rows} "
-                             "samples, expected a row for each, to keep the linearisation of each batch")
+                             "samples, expected a row for each, to keep the linearisation of each "
+                             "batch")
     return pred
 
 # %% ../../nbs/operators/04_chunks.ipynb #54c7ce93

@@ -112,6 +112,16 @@ class Curvature(Operator):
     - `problem`: model, parameters, loss, factor and policy.
     - `samples`: the data, as `Samples`.
     - `linearization`: what was computed at the parameters; None: computed in each product.
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import Curvature, create_ggn_mv
+        >>> model = lambda input, params: input @ params
+        >>> data = {"input": jnp.ones((4, 3)), "target": jnp.zeros(4)}
+        >>> G = create_ggn_mv(model, jnp.ones(3), data, "mse")
+        >>> isinstance(G, Curvature), G.samples.input.shape, G.problem.num_params
+        (True, (4, 3), 3)
     """
 
     problem: Problem

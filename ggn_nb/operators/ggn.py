@@ -46,7 +46,8 @@ def _stored(
 class GGN(Curvature):
     """The Generalized Gauss-Newton matrix of a model on data.
 
-    `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec. Made by `create_ggn_mv`; see `Operator` for what it can do.
+    `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec. Made by `create_ggn_mv`; see `Operator` for what it can
+    do.
 
     Arguments:
 

@@ -33,6 +33,14 @@ class Check(NamedTuple):
     - `error`: what was found, ≥ 0; NaN where the numbers are none.
     - `allowed`: the largest error that passes.
     - `unit`: what the error is measured in: "relative" to the largest entry, or "standard errors".
+
+    Example:
+
+        >>> import jax.numpy as jnp
+        >>> from ggn_nb import verify
+        >>> check = verify("mse", jnp.array([1.0, 2.0])).checks[1]
+        >>> check.name, check.passed
+        ('H is symmetric', True)
     """
 
     name: str
