@@ -126,4 +126,5 @@ def huber(
         [1.0, 0.0]
     """
     options = {"delta": as_option(delta, "delta")}
-    return ClosedFormLoss("huber", _FORMULAS[curvature], options, **curvature_fields(curvature))
+    fields = curvature_fields(curvature)
+    return ClosedFormLoss("huber", _FORMULAS[curvature], options, **fields)

@@ -127,13 +127,20 @@ def typeset(expression: str) -> str:
     return _latex(ast.parse(expression, mode="eval").body)
 
 # %% ../../nbs/losses/05_table.ipynb #b600000f
+def _definition(symbol: str, expression: str) -> str:
+    "What `where` says, as Markdown; an option stands there by its name"
+    left = f"${_symbol(symbol)}$"
+    if expression.isidentifier(): return f"{left} is `{expression}`"
+    return f"{left[:-1]} = {typeset(expression)}$"
+
+
+def _typeset_cost(cost: str) -> str:
+    return f"O({typeset(cost.removeprefix('O(').removesuffix(')'))})"
+
+
 def row_cells(row: Row) -> tuple[str, ...]:
     "The value, H, S and the cost of a row as Markdown"
     maths = lambda expression: f"${typeset(expression)}$" if expression else "none"
-    where = "; ".join(f"${symbol} = {typeset(text)}$" for symbol, text in _definitions(row).items())
+    where = "; ".join(_definition(*pair) for pair in _definitions(row).items())
     value = maths(row.value) + (f", where {where}" if where else "")
-    return value, maths(row.hessian), maths(row.square_root), f"${typeset_cost(row.cost)}$"
-
-
-def typeset_cost(cost: str) -> str:
-    return f"O({typeset(cost.removeprefix('O(').removesuffix(')'))})"
+    return value, maths(row.hessian), maths(row.square_root), f"${_typeset_cost(row.cost)}$"

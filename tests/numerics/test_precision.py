@@ -259,13 +259,13 @@ def relative_to(size, got, want):
 
 @cancelling
 def test_entries_of_a_hessian_product_keep_their_digits(case):
-    """Each entry within 2e-5 of itself, and all within 5e-7 of the largest."""
+    """Each entry within 2e-5 of itself, and all within 1e-6 of the largest."""
     u, f, wide_u, wide_f = single_and_double(case)
     p = probabilities(wide_f)
     want = p * ((wide_u[:, None] - wide_u) @ p)
     for got in (cross_entropy().hessian_mv(u, f), jax.jit(cross_entropy().hessian_mv)(u, f)):
         assert relative_to(np.abs(want), got, want) < 2e-5
-        assert relative_to(np.max(np.abs(want)), got, want) < 5e-7
+        assert relative_to(np.max(np.abs(want)), got, want) < 1e-6
 
 
 @cancelling
@@ -275,7 +275,7 @@ def test_entries_of_a_transposed_square_root_keep_their_digits(case):
     want = np.sqrt(p) * ((wide_u[:, None] - wide_u) @ p)
     got = cross_entropy().square_root_transpose_mv(u, f)
     assert relative_to(np.abs(want), got, want) < 2e-5
-    assert relative_to(np.max(np.abs(want)), got, want) < 5e-7
+    assert relative_to(np.max(np.abs(want)), got, want) < 1e-6
 
 
 @cancelling
