@@ -35,10 +35,10 @@ def as_array(
     value: Any,  # a number or an array, or nested lists of these
     dtype: Any = None,  # by default that of the numbers, as JAX reads it
 ) -> jax.Array:
-    "`value` as an array; numbers on the host are transferred, for which nothing is compiled"
+    "`value` as an array; what is on the host is copied there and transferred, compiling nothing"
     on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
-    if on_device: return jnp.asarray(value, dtype)
-    return jax.device_put(np.asarray(value, dtype))
+    if on_device: return jnp.array(value, dtype)
+    return jax.device_put(np.array(value, dtype))
 
 # %% ../../nbs/tools/01_arrays.ipynb #66bee171
 def on_host(x: jax.Array) -> Any:
@@ -52,7 +52,7 @@ def function_as_pytree(
 ) -> Callable:  # a pytree
     "`fn` as a pytree: one that carries arrays stays as it is, any other function becomes static"
     is_array = [isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(fn)]
-    if callable(fn) and all(is_array): return jax.tree.map(jnp.asarray, fn)
+    if callable(fn) and all(is_array): return jax.tree.map(as_array, fn)
     check_function(fn, name)
     return Partial(fn)
 
