@@ -1,4 +1,4 @@
-"""Generalized Gauss-Newton products, their kin, and loss Hessians in JAX."""
+"""Products with the Generalized Gauss-Newton matrix, the Hessian and the Fisher, in JAX."""
 
 from importlib.metadata import version
 

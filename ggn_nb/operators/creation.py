@@ -92,7 +92,7 @@ def make_problem(
 class Unbound:
     """A curvature matrix of a model without its data: `mv(vec, data)`.
 
-    Made by `create_ggn_mv_without_data` and its kin. A pytree: `jax.jit(mv)(vec, data)` works.
+    Made by `create_ggn_mv_without_data` and the like. A pytree: `jax.jit(mv)(vec, data)` works.
 
     Arguments:
 
