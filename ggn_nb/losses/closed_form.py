@@ -127,12 +127,14 @@ class ParsedTarget(NamedTuple):
     fill: float = 1.0  # a valid target, for positions that do not count
 
 # %% ../../nbs/losses/02_closed_form.ipynb #b2000003
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Entries:
     "Reads real numbers, one for each entry of the prediction"
     inside: Callable = jnp.isfinite  # y -> is it in the loss's domain?
     domain: str = "finite real numbers"  # the same in words, for the message
     fill: float = 1.0  # a number of the domain, for positions that do not count
+
+    def __repr__(self) -> str: return f"Entries({self.domain!r})"
 
     def __call__(self, target: Any, f: jax.Array, **options) -> ParsedTarget:
         y = jnp.asarray(target)
