@@ -303,7 +303,7 @@ def test_operands_of_a_hessian_product(loss, row):
 
 @pytest.mark.parametrize("loss", [mse(), cross_entropy(), binary_cross_entropy()], ids=lambda l: l.name)
 def test_operands_of_a_factor(loss):
-    for S in (loss.factor_mv, loss.factor_transpose_mv):
+    for S in (loss.square_root_mv, loss.square_root_transpose_mv):
         refused(lambda: S(jnp.ones(2), ROW), ValueError, r"got shape \(2,\)", r"expected \(3,\)", "pred")
         refused(lambda: S({"a": ROW}, ROW), TypeError, "got dict", "expected")
         refused(lambda: S(np.arange(3), ROW), TypeError, "int64", "expected")
@@ -329,7 +329,7 @@ NUMBERS = table(
 def test_numbers_in_the_target_of_a_loss(row):
     loss, target, *parts = row
     f = jnp.ones((2, 3))
-    for call in (loss.value, loss.gradient, lambda f, y: loss.hessian_mv(f, f, y), lambda f, y: loss.factor_mv(f, f, y)):
+    for call in (loss.value, loss.gradient, lambda f, y: loss.hessian_mv(f, f, y), lambda f, y: loss.square_root_mv(f, f, y)):
         with pytest.raises(ValueError, match="target: got values that") as raised:
             call(f, target)
         for part in parts:
