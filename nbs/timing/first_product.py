@@ -21,7 +21,7 @@ from ggn_nb.tools.timing import timing_case
 from jax import random
 from peers import MAKERS, import_peer
 
-CHECK = "_look_over"  # the function that checks model, parameters and data when an operator is made
+CHECK = "inspect_samples"  # the function that checks model, parameters and data when an operator is made
 
 
 def time_parts(run: Callable[[], Any]) -> dict[str, float]:
