@@ -20,7 +20,9 @@ from ..losses.weights import raise_faults
 from .chunks import map_over_chunks, sum_over_chunks
 from .convolutions import channels_last
 from .layout import Layout, layout_of
-from .operator import Operator, register_operator, scale_tree, structure_of
+from ggn_nb.operators.operator import (
+    Operator, bytes_of, register_operator, scale_tree, structure_of,
+)
 from .policies import Linearize, checkpoint_policy
 from .samples import Samples, count_samples, number_samples
 from ..tools.arrays import register_pytree, sum_entries
@@ -184,6 +186,18 @@ class Curvature(Operator):
         once = self.linearization is None and self.problem.batch_size is None
         operator = self.linearized() if once else self
         return Operator.matmat(operator, vecs, vector_batch_size=vector_batch_size)
+
+    def bytes_per_vector(self) -> int:
+        """The bytes of a vector and of the intermediates of the samples that are taken at once."""
+        stored = self.linearization
+        if stored is None: stored = _linearize.eval_shape(self)
+        return bytes_of(self.structure) + int(bytes_of(stored) * self._share_at_once)
+
+    @property
+    def _share_at_once(self) -> float:
+        "The part of all samples that a product works on at once"
+        at_once = self.problem.batch_size
+        return 1.0 if at_once is None else min(1.0, at_once / count_samples(self.samples))
 
     def linearized(self) -> "Curvature":
         """The same operator with its linearisation stored, by its policy."""

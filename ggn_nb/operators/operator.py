@@ -161,6 +161,10 @@ class Operator(ABC):
         """
         return None
 
+    def bytes_per_vector(self) -> int:
+        """About how much memory one product works on; `matmat` groups vectors by it."""
+        return bytes_of(self.structure)
+
     def linearized(self) -> "Operator":
         """The same operator, with what it computes at the parameters kept for later products."""
         return self
@@ -200,7 +204,7 @@ class Operator(ABC):
 
         - `vecs`: a tree like the parameters with one more axis of length K in front of each leaf.
         - `vector_batch_size`: how many vectors are multiplied at once; by default as many as
-          work on a few megabytes.
+          together work on 4 MB, and at least one.
 
         Returns:
 
@@ -307,15 +311,18 @@ def structure_of(tree: Any) -> Any:
     "The shapes and dtypes of a tree of arrays"
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
+
+def bytes_of(tree: Any) -> int:
+    "The bytes of all leaves of a tree of arrays, or of their shapes and dtypes"
+    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
 # %% ../../nbs/operators/00_operator.ipynb #0p000031
-_GROUP_BYTES = 2**20
+_BYTES_AT_ONCE = 2**22
 
 
 def _vectors_at_once(operator: Operator) -> int:
-    "How many vectors make up a megabyte; at least one"
-    leaves = jax.tree.leaves(operator.structure)
-    one = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
-    return max(1, _GROUP_BYTES // max(one, 1))
+    "How many vectors together work on 4 MB; at least one"
+    return max(1, _BYTES_AT_ONCE // max(1, operator.bytes_per_vector()))
 
 # %% ../../nbs/operators/00_operator.ipynb #a68c29a4
 @partial(jax.jit, donate_argnums=3, static_argnums=4)
@@ -323,7 +330,14 @@ def _write_group(operator: Operator, vecs: Any, start: Any, out: Any, size: int)
     "`out`, with the products of `size` vectors from `start` on written into it"
     group = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), vecs)
     write = lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=0)
-    return jax.tree.map(write, out, operator.multiply_many(group))
+    return jax.tree.map(write, out, _multiply_group(operator, group, size))
+
+
+def _multiply_group(operator: Operator, group: Any, size: int) -> Any:
+    "The products of a group; a single vector is multiplied without the axis in front"
+    if size > 1: return operator.multiply_many(group)
+    product = operator.multiply(jax.tree.map(lambda v: v[0], group))
+    return jax.tree.map(lambda p: p[None], product)
 
 # %% ../../nbs/operators/00_operator.ipynb #be1f1443
 def _multiply_groups(operator: Operator, vecs: Any, size: int) -> Any:
@@ -412,6 +426,8 @@ class Flat(Operator):
     @property
     def is_psd(self) -> bool: return self.operator.is_psd
 
+    def bytes_per_vector(self) -> int: return self.operator.bytes_per_vector()
+
     def dense_oracle(self) -> np.ndarray | None: return self.operator.dense_oracle()
 
     def linearized(self) -> "Flat": return Flat(self.operator.linearized())
@@ -444,6 +460,8 @@ class Sum(Operator):
 
     @property
     def is_psd(self) -> bool: return all(part.is_psd for part in self.parts)
+
+    def bytes_per_vector(self) -> int: return max(part.bytes_per_vector() for part in self.parts)
 
     def dense_oracle(self) -> np.ndarray | None:
         found = [part.dense_oracle() for part in self.parts]
@@ -500,6 +518,8 @@ class Scaled(Operator):
 
     @property
     def traceable(self) -> bool: return self.operator.traceable
+
+    def bytes_per_vector(self) -> int: return self.operator.bytes_per_vector()
 
     def dense_oracle(self) -> np.ndarray | None:
         dense = self.operator.dense_oracle()
@@ -600,6 +620,8 @@ class Damped(Operator):
 
     @property
     def is_psd(self) -> bool: return self.operator.is_psd
+
+    def bytes_per_vector(self) -> int: return self.operator.bytes_per_vector()
 
     def dense_oracle(self) -> np.ndarray | None:
         dense = self.operator.dense_oracle()

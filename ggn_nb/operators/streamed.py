@@ -48,8 +48,9 @@ def _batch_products(batch: Batch, kind: type[Curvature], problem: Problem, vecs:
 class Streamed(Operator):
     """A curvature matrix on a stream of batches, which reads the stream once for each product.
 
-    Made by `create_ggn_mv`, `create_hessian_mv` and `create_fisher_mv` for a `Stream`. It has the methods of every operator, but
-    is no pytree: products run batch by batch, outside compiled functions.
+    Made by `create_ggn_mv`, `create_hessian_mv` and `create_fisher_mv` for a `Stream`. It has the
+    methods of every operator, but is no pytree: products run batch by batch, outside compiled
+    functions.
 
     Arguments:
 
