@@ -192,7 +192,9 @@ class Operator(ABC):
         - `TypeError`: another dtype.
         """
         check_like(vec, self.structure, "vec", self.domain)
-        return _product(self, vec) if self.traceable else self.multiply(vec)
+        if self.traceable: return _product(self, vec)
+        _check_not_traced(vec, "vec")
+        return self.multiply(vec)
 
     def __matmul__(self, vec: Any) -> Any:
         return self(vec)
@@ -204,7 +206,7 @@ class Operator(ABC):
 
         - `vecs`: a tree like the parameters with one more axis of length K in front of each leaf.
         - `vector_batch_size`: how many vectors are multiplied at once; by default as many as
-          together work on 4 MB, and at least one.
+          together work on 8 MB, and at least one.
 
         Returns:
 
@@ -272,6 +274,14 @@ def _product(operator: Operator, vec: Any) -> Any:
 def _products(operator: Operator, vecs: Any) -> Any:
     return operator.multiply_many(vecs)
 
+
+def _check_not_traced(vec: Any, name: str) -> None:
+    "Raise `TypeError` where an operator on a stream meets a vector of a compiled function"
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(vec)):
+        raise TypeError(f"{name}: got a traced array, expected numbers: an operator on a stream "
+                        "multiplies outside of compiled functions. Give it to a solver that runs "
+                        "on the host, such as those of scipy.sparse.linalg")
+
 # %% ../../nbs/operators/00_operator.ipynb #03348e59
 @register_operator
 class Diagonal(Operator):
@@ -317,11 +327,11 @@ def bytes_of(tree: Any) -> int:
     return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 # %% ../../nbs/operators/00_operator.ipynb #0p000031
-_BYTES_AT_ONCE = 2**22
+_BYTES_AT_ONCE = 2**23
 
 
 def _vectors_at_once(operator: Operator) -> int:
-    "How many vectors together work on 4 MB; at least one"
+    "How many vectors together work on 8 MB; at least one"
     return max(1, _BYTES_AT_ONCE // max(1, operator.bytes_per_vector()))
 
 # %% ../../nbs/operators/00_operator.ipynb #a68c29a4
@@ -356,6 +366,7 @@ def _multiply_groups(operator: Operator, vecs: Any, size: int) -> Any:
 # %% ../../nbs/operators/00_operator.ipynb #cb85b95d
 def _multiply_parts(operator: Operator, vecs: Any, num_vectors: int, size: int) -> Any:
     "The same for an operator that cannot be traced"
+    _check_not_traced(vecs, "vecs")
     parts = [operator.multiply_many(jax.tree.map(lambda v, i=i: v[i : i + size], vecs))
              for i in range(0, num_vectors, size)]
     return jax.tree.map(lambda *p: jnp.concatenate(p), *parts)

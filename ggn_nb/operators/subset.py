@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, keystr
 
-from ..tools.arrays import as_array, function_as_pytree, register_pytree
+from ..tools.arrays import function_as_pytree, register_pytree
 from ..tools.checks import check_floating
 
 # %% ../../nbs/operators/23_subset.ipynb #e276fe28
@@ -104,8 +105,9 @@ class _PartlyFrozen:
 
 # %% ../../nbs/operators/23_subset.ipynb #ed2cc84a
 def _as_array(path: Any, leaf: Any) -> jax.Array:
-    "A frozen leaf as an array"
-    try: return as_array(leaf)
+    "A frozen leaf as an array; one of NumPy is copied, since its owner may change it"
+    if isinstance(leaf, np.ndarray): leaf = leaf.copy()
+    try: return jnp.asarray(leaf)
     except TypeError:
         kind = type(leaf).__name__
         raise TypeError(f"params{keystr(path)}: got {kind}, expected an array") from None
