@@ -140,7 +140,8 @@ class Curvature(Operator):
 
         Returns:
 
-        A pytree. Arrays of functions in it, as `jax.linearize` returns, are leaves.
+        A pytree; a function that `jax.linearize` returns is one, with the stored intermediates as
+        leaves.
         """
 
     @staticmethod
