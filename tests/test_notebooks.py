@@ -68,6 +68,16 @@ def test_cell_ids_are_present_and_unique(name):
     assert len(set(ids)) == len(ids)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_outputs_are_results(name):
+    """No warning, no address in memory and no folder of the machine that ran it."""
+    cells = json.loads((NBS / name).read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
+    texts = ["".join(output.get("text") or output.get("data", {}).get("text/plain", "")) for output in outputs]
+    assert not [text for text in texts if re.search(r"0x[0-9a-f]{8}|/(?:tmp|home|root|Users)/", text)]
+
+
 def test_notebooks_are_clean(copy):
     cleaned = copy("clean.nbdev_clean()") / "nbs"
     dirty = [name for name in NAMES if (cleaned / name).read_bytes() != (NBS / name).read_bytes()]
