@@ -86,6 +86,12 @@ def make_problem(
         check_linearize(linearize, batch_size),
     )
 
+# %% ../../nbs/operators/14_creation.ipynb #aa1cf63a
+def _on_data(kind, problem, data, weigh: bool) -> tuple[Curvature | Streamed, Any]:
+    "The operator on data in memory or on a stream, and the sum of the weights if it is wanted"
+    if isinstance(data, Stream): return on_stream(kind, problem, data, weigh)
+    return on_samples(kind, problem, read_samples(data), weigh)
+
 # %% ../../nbs/operators/14_creation.ipynb #f20d3edd
 @partial(register_pytree, data_fields=["problem"], meta_fields=["kind"])
 @dataclass(frozen=True, eq=False, repr=False)
@@ -135,12 +141,6 @@ class Unbound:
 
     def __repr__(self) -> str:
         return f"Unbound {self.kind.__name__}({self.problem.num_params:,} parameters)"
-
-# %% ../../nbs/operators/14_creation.ipynb #aa1cf63a
-def _on_data(kind, problem, data, weigh: bool) -> tuple[Curvature | Streamed, Any]:
-    "The operator on data in memory or on a stream, and the sum of the weights if it is wanted"
-    if isinstance(data, Stream): return on_stream(kind, problem, data, weigh)
-    return on_samples(kind, problem, read_samples(data), weigh)
 
 # %% ../../nbs/operators/14_creation.ipynb #bc5407b1
 class _Scale(NamedTuple):

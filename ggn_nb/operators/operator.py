@@ -282,6 +282,16 @@ def _check_not_traced(vec: Any, name: str) -> None:
                         "multiplies outside of compiled functions. Give it to a solver that runs "
                         "on the host, such as those of scipy.sparse.linalg")
 
+# %% ../../nbs/operators/00_operator.ipynb #41b077c5
+def structure_of(tree: Any) -> Any:
+    "The shapes and dtypes of a tree of arrays"
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def bytes_of(tree: Any) -> int:
+    "The bytes of all leaves of a tree of arrays, or of their shapes and dtypes"
+    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
 # %% ../../nbs/operators/00_operator.ipynb #03348e59
 @register_operator
 class Diagonal(Operator):
@@ -315,16 +325,6 @@ class Diagonal(Operator):
 
     def __repr__(self) -> str:
         return f"Diagonal({self.shape[0]:,} parameters)"
-
-# %% ../../nbs/operators/00_operator.ipynb #41b077c5
-def structure_of(tree: Any) -> Any:
-    "The shapes and dtypes of a tree of arrays"
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def bytes_of(tree: Any) -> int:
-    "The bytes of all leaves of a tree of arrays, or of their shapes and dtypes"
-    return sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 # %% ../../nbs/operators/00_operator.ipynb #0p000031
 _BYTES_AT_ONCE = 2**23
@@ -445,6 +445,28 @@ class Flat(Operator):
 
     def __repr__(self) -> str: return f"{self.operator!r}.flat()"
 
+# %% ../../nbs/operators/00_operator.ipynb #233e26c9
+def _summands(operator: Operator) -> tuple[Operator, ...]:
+    "The parts of a sum; any other operator is one part"
+    return operator.parts if isinstance(operator, Sum) else (operator,)
+
+
+def _add_trees(trees: list[Any]) -> Any:
+    "The sum of trees, each leaf in float32 or better"
+    def add(*leaves):
+        dtype = working_dtype(leaves[0].dtype)
+        return sum(leaf.astype(dtype) for leaf in leaves).astype(leaves[0].dtype)
+    return jax.tree.map(add, *trees)
+
+# %% ../../nbs/operators/00_operator.ipynb #0bed9f6b
+def _check_operand(other: Any, operator: Operator, sign: str) -> Operator:
+    "`other`, if it is an operator on the same structure"
+    if not isinstance(other, Operator):
+        raise TypeError(f"A {sign} B: got {type(other).__name__} for B, expected an Operator "
+                        "(A.damped(δ) adds a number to the diagonal)")
+    check_like(other.structure, operator.structure, f"A {sign} B: B", "A")
+    return other
+
 # %% ../../nbs/operators/00_operator.ipynb #0c85d303
 @register_operator
 class Sum(Operator):
@@ -482,27 +504,23 @@ class Sum(Operator):
 
     def __repr__(self) -> str: return " + ".join(map(repr, self.parts))
 
-# %% ../../nbs/operators/00_operator.ipynb #233e26c9
-def _summands(operator: Operator) -> tuple[Operator, ...]:
-    "The parts of a sum; any other operator is one part"
-    return operator.parts if isinstance(operator, Sum) else (operator,)
+# %% ../../nbs/operators/00_operator.ipynb #e22bdd93
+def scale_tree(factor: jax.Array, tree: Any) -> Any:
+    "factor · tree, in float32 or better, each leaf in its own dtype"
+    def scale(leaf):
+        dtype = working_dtype(leaf.dtype)
+        return (leaf.astype(dtype) * factor.astype(dtype)).astype(leaf.dtype)
+    return jax.tree.map(scale, tree)
+
+# %% ../../nbs/operators/00_operator.ipynb #8dca773a
+def _shown(factor: jax.Array) -> str:
+    "A number for a `repr`; a traced one has none yet"
+    return "c" if isinstance(factor, jax.core.Tracer) else f"{float(factor):g}"
 
 
-def _add_trees(trees: list[Any]) -> Any:
-    "The sum of trees, each leaf in float32 or better"
-    def add(*leaves):
-        dtype = working_dtype(leaves[0].dtype)
-        return sum(leaf.astype(dtype) for leaf in leaves).astype(leaves[0].dtype)
-    return jax.tree.map(add, *trees)
-
-# %% ../../nbs/operators/00_operator.ipynb #0bed9f6b
-def _check_operand(other: Any, operator: Operator, sign: str) -> Operator:
-    "`other`, if it is an operator on the same structure"
-    if not isinstance(other, Operator):
-        raise TypeError(f"A {sign} B: got {type(other).__name__} for B, expected an Operator "
-                        "(A.damped(δ) adds a number to the diagonal)")
-    check_like(other.structure, operator.structure, f"A {sign} B: B", "A")
-    return other
+def _in_parentheses(operator: Operator) -> str:
+    shown = repr(operator)
+    return f"({shown})" if " + " in shown else shown
 
 # %% ../../nbs/operators/00_operator.ipynb #9a3de9f6
 @register_operator
@@ -540,22 +558,21 @@ class Scaled(Operator):
 
     def __repr__(self) -> str: return f"{_shown(self.factor)} * {_in_parentheses(self.operator)}"
 
-# %% ../../nbs/operators/00_operator.ipynb #e22bdd93
-def scale_tree(factor: jax.Array, tree: Any) -> Any:
-    "factor · tree, in float32 or better, each leaf in its own dtype"
-    def scale(leaf):
-        dtype = working_dtype(leaf.dtype)
-        return (leaf.astype(dtype) * factor.astype(dtype)).astype(leaf.dtype)
-    return jax.tree.map(scale, tree)
-
-# %% ../../nbs/operators/00_operator.ipynb #8dca773a
-def _shown(factor: jax.Array) -> str:
-    "A number for a `repr`; a traced one has none yet"
-    return "c" if isinstance(factor, jax.core.Tracer) else f"{float(factor):g}"
-
-
-def _in_parentheses(operator: Operator) -> str:
-    return f"({operator!r})" if isinstance(operator, Sum | Damped) else repr(operator)
+# %% ../../nbs/operators/00_operator.ipynb #094d7205
+def _check_prefix(damping: Any, structure: Any) -> None:
+    "Raise unless each leaf of `damping` is a number, or shaped like its leaf of `structure`"
+    def check(path, d, subtree):
+        shapes = [leaf.shape for leaf in jax.tree.leaves(subtree)]
+        if d.shape and shapes != [d.shape]:
+            name = "damping" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name}: got shape {d.shape}, expected a number, or {shapes} as in "
+                             "params")
+    try: jax.tree_util.tree_map_with_path(check, damping, structure)
+    except ValueError as e:
+        if str(e).startswith("damping"): raise
+        got, want = jax.tree.structure(damping), jax.tree.structure(structure)
+        message = f"damping: got tree structure {got}, expected a number or {want}"
+        raise ValueError(message) from None
 
 # %% ../../nbs/operators/00_operator.ipynb #b93c6d48
 def _read_damping(damping: Any, structure: Any) -> Any:
@@ -576,22 +593,6 @@ def _check_damping(leaf: Any, name: str) -> None:
     numbers = np.asarray(leaf)
     if not np.all((numbers >= 0) & (numbers < np.inf)):
         raise ValueError(f"{name}: got {leaf}, expected finite numbers ≥ 0")
-
-# %% ../../nbs/operators/00_operator.ipynb #094d7205
-def _check_prefix(damping: Any, structure: Any) -> None:
-    "Raise unless each leaf of `damping` is a number, or shaped like its leaf of `structure`"
-    def check(path, d, subtree):
-        shapes = [leaf.shape for leaf in jax.tree.leaves(subtree)]
-        if d.shape and shapes != [d.shape]:
-            name = "damping" + jax.tree_util.keystr(path)
-            raise ValueError(f"{name}: got shape {d.shape}, expected a number, or {shapes} as in "
-                             "params")
-    try: jax.tree_util.tree_map_with_path(check, damping, structure)
-    except ValueError as e:
-        if str(e).startswith("damping"): raise
-        got, want = jax.tree.structure(damping), jax.tree.structure(structure)
-        message = f"damping: got tree structure {got}, expected a number or {want}"
-        raise ValueError(message) from None
 
 # %% ../../nbs/operators/00_operator.ipynb #f5da76ab
 @register_operator

@@ -180,24 +180,6 @@ def _check_small(pred: Any) -> Any:
     raise ValueError(f"pred: got {size} numbers, expected at most 2048: dense matrices are made "
                      "of it")
 
-# %% ../../nbs/operators/30_verification.ipynb #c55c4430
-def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
-    "Every check that the loss's own claims call for"
-    tol = _allowed(pred)
-    total = lambda f: loss.total(f, target, **given)
-    gradient = loss.gradient(pred, target, **given)
-    H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
-    error = _relative(gradient, jax.grad(total)(pred))
-    checks = [Check("gradient is that of the value", error, tol),
-              Check("H is symmetric", _relative(H, H.T), tol)]
-    if loss.is_hessian:
-        by_jax = lambda u: jax.jvp(jax.grad(total), (pred,), (u,))[1]
-        error = _relative(H, _dense(by_jax, pred))
-        checks.append(Check("H is the Hessian of the value", error, 10 * tol))
-    checks += _square_root_checks(loss, pred, target, given, H)
-    if loss.is_fisher and not given: checks.append(_fisher_check(loss, pred, H, key))
-    return checks
-
 # %% ../../nbs/operators/30_verification.ipynb #a05edbea
 def _square_root_checks(
     loss: Loss, pred: Any, target: Any, given: dict, H: np.ndarray
@@ -225,6 +207,24 @@ def _fisher_check(
     allowed = 5 + np.sqrt(2 * np.log(max(H.size, 1)))
     name = "H is the Fisher information of the samples"
     return Check(name, float(error), float(allowed), "standard errors")
+
+# %% ../../nbs/operators/30_verification.ipynb #c55c4430
+def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
+    "Every check that the loss's own claims call for"
+    tol = _allowed(pred)
+    total = lambda f: loss.total(f, target, **given)
+    gradient = loss.gradient(pred, target, **given)
+    H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
+    error = _relative(gradient, jax.grad(total)(pred))
+    checks = [Check("gradient is that of the value", error, tol),
+              Check("H is symmetric", _relative(H, H.T), tol)]
+    if loss.is_hessian:
+        by_jax = lambda u: jax.jvp(jax.grad(total), (pred,), (u,))[1]
+        error = _relative(H, _dense(by_jax, pred))
+        checks.append(Check("H is the Hessian of the value", error, 10 * tol))
+    checks += _square_root_checks(loss, pred, target, given, H)
+    if loss.is_fisher and not given: checks.append(_fisher_check(loss, pred, H, key))
+    return checks
 
 # %% ../../nbs/operators/30_verification.ipynb #be0c8233
 def _parts(tree: Any, n: int) -> list[Any]:
@@ -266,19 +266,6 @@ def _mean_check(loss: Loss, whole: Any, first: Any, second: Any, tol: float) -> 
     error = _relative(mean, loss.total(f, y, reduction="mean", **w))
     return Check("the mean is the same in chunks", error, tol)
 
-# %% ../../nbs/operators/30_verification.ipynb #114259a8
-def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
-    "The contract, the definition, chunks and order"
-    tol, name = 10 * _allowed(A.structure), A.symbol
-    vecs = _random_vectors(A, key, 4)
-    small = A.shape[0] <= 512
-    matrix = np.asarray(A.dense(), np.float64) if small else _inner_products(A, vecs)
-    checks = _definition_check(A, matrix, tol) if small else []
-    checks += [Check(f"{name} is symmetric", _relative(matrix, matrix.T), tol)]
-    if A.is_psd: checks += [Check(f"{name} is positive semi-definite", _negativity(matrix), tol)]
-    checks += _product_checks(A, vecs, tol)
-    return checks + (_sample_checks(A, vecs[0], tol) if isinstance(A, Curvature) else [])
-
 # %% ../../nbs/operators/30_verification.ipynb #176f79e3
 def _random_vectors(A: Operator, key: jax.Array, number: int) -> list[Any]:
     "Trees of normal numbers like the parameters"
@@ -318,6 +305,19 @@ def _sample_checks(A: Curvature, vec: Any, tol: float) -> list[Check]:
     joined = jax.tree.map(jnp.add, first, second)
     return [Check(f"{A.symbol} is the sum over chunks", _relative(joined, A(vec)), tol),
             Check(f"{A.symbol} is the same in reverse order", _relative(reverse, A(vec)), tol)]
+
+# %% ../../nbs/operators/30_verification.ipynb #114259a8
+def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
+    "The contract, the definition, chunks and order"
+    tol, name = 10 * _allowed(A.structure), A.symbol
+    vecs = _random_vectors(A, key, 4)
+    small = A.shape[0] <= 512
+    matrix = np.asarray(A.dense(), np.float64) if small else _inner_products(A, vecs)
+    checks = _definition_check(A, matrix, tol) if small else []
+    checks += [Check(f"{name} is symmetric", _relative(matrix, matrix.T), tol)]
+    if A.is_psd: checks += [Check(f"{name} is positive semi-definite", _negativity(matrix), tol)]
+    checks += _product_checks(A, vecs, tol)
+    return checks + (_sample_checks(A, vecs[0], tol) if isinstance(A, Curvature) else [])
 
 # %% ../../nbs/operators/30_verification.ipynb #26d00cb6
 def verify(
