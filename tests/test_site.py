@@ -117,6 +117,15 @@ def test_internal_links_and_anchors_resolve(site):
     assert not broken
 
 
+def test_no_link_is_left_as_text(site):
+    """A name in backticks gets a link of its own, so one within a link would leave the outer one as text."""
+    left = []
+    for name, page in site.items():
+        prose = [text for text in page.main.find_all(string=re.compile(r"\]\(")) if not text.find_parent(["pre", "code"])]
+        left += [(name, str(text)) for text in prose if not text.find_parent(class_="math")]
+    assert not left
+
+
 def test_readme_links_resolve(site):
     readme = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.S)
     targets = re.findall(r"\]\(([^)\s]+)\)", readme) + re.findall(r'(?:src|href)="([^"]+)"', readme)
