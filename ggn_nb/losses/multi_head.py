@@ -6,7 +6,7 @@
 __all__ = ['MultiHeadLoss', 'multi_head']
 
 # %% ../../nbs/losses/30_multi_head.ipynb #e9e6925b
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from ggn_nb.losses.closed_form import (
     ClosedFormLoss,
-    Formulas,
     Row,
     along_last,
     as_option,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..tools.arrays import as_array, register_pytree, working_dtype
-from ..tools.checks import check_floating, check_like, check_scalar, check_size
+from ..tools.checks import check_like, check_scalar, check_size
 
 # %% ../../nbs/operators/00_operator.ipynb #9ec387bb
 def static_field(**options: Any) -> Any:

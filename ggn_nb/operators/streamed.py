@@ -18,7 +18,7 @@ from .batches import Batch, masked_samples
 from .curvature import Curvature, Problem, inspect_samples
 from .layout import layout_of
 from .operator import Operator, structure_of
-from .samples import Samples, count_samples, number_samples
+from .samples import Samples, number_samples
 from .streams import Stream, sum_over_batches
 
 # %% ../../nbs/operators/13_streamed.ipynb #7c2317d9
