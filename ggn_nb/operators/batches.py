@@ -134,7 +134,7 @@ def put_on_device(
 
 
 def _make_batch(samples, rows, at_least, start) -> Batch:
-    "A batch of `at_least` so many rows, of which the first `rows` count; None: they are not counted"
+    "A batch of at least so many rows, of which the first `rows` count; None: that is not known"
     if rows is None: return Batch(jax.device_put(samples), None, start)
     size = max(rows, at_least)
     padded = jax.tree.map(partial(_pad_rows, rows=size), samples)

@@ -129,8 +129,8 @@ def _check_container(leaf, name) -> None:
     if isinstance(leaf, np.ma.MaskedArray):
         raise TypeError(f"{name}: got a {kind}, expected an array without a mask of its own")
     if isinstance(leaf, Mapping):
-        raise TypeError(f"{name}: got a {kind}, which is no pytree, expected an array or a pytree of "
-                        "arrays: dict(...) is one")
+        raise TypeError(f"{name}: got a {kind}, which is no pytree, expected an array or a pytree "
+                        "of arrays: dict(...) is one")
 
 # %% ../../nbs/operators/00_samples.ipynb #e1c25353
 def is_column(x: Any) -> bool:
