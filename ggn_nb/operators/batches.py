@@ -73,7 +73,7 @@ def _read_leaf(leaf, name) -> np.ndarray | jax.Array:
 
 # %% ../../nbs/operators/01_batches.ipynb #f786b6b3
 def common_length(samples: Samples, required: bool) -> int | None:
-    "The length N ≥ 1 of the leading axis of all parts; None, or `ValueError`, if they have several"
+    "The length N ≥ 1 of all leading axes; None, or `ValueError`, where they have several"
     lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(samples)}
     several = len(lengths) > 1 or () in lengths
     return None if several and not required else count_samples(samples, Samples._fields)

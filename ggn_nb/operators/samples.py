@@ -91,8 +91,9 @@ def check_range(array: np.ndarray, name: str) -> None:
     whole = jnp.issubdtype(dtype, jnp.integer)
     lost = kept != array if whole else np.isinf(kept) & np.isfinite(array)
     if np.any(lost):
-        raise ValueError(f"{name}: got {array[lost][0]}, which {dtype} cannot hold, expected smaller "
-                         f"numbers, or {array.dtype}: jax.config.update('jax_enable_x64', True)")
+        raise ValueError(f"{name}: got {array[lost][0]}, which {dtype} cannot hold, expected "
+                         f"smaller numbers, or {array.dtype}: "
+                         "jax.config.update('jax_enable_x64', True)")
 
 # %% ../../nbs/operators/00_samples.ipynb #e2e53502
 def read_by_protocol(leaf: Any) -> np.ndarray:
@@ -158,15 +159,16 @@ def read_samples(
     data: Any,  # a mapping with the keys of the table above; or `Samples`
 ) -> Samples:  # with JAX arrays as leaves
     "The parts of `data`, each taken over as it is now"
-    return map_named(_read_leaf, name_parts(data))
+    is_read = isinstance(data, Samples) and all(map(_is_constant, jax.tree.leaves(data)))
+    return data if is_read else map_named(_read_leaf, name_parts(data))
+
+
+def _is_constant(leaf) -> bool: return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _read_leaf(leaf, name) -> Any:
     "`leaf` as an array of JAX that nobody else can change; shapes without numbers as they are"
-    if isinstance(leaf, jax.ShapeDtypeStruct): return leaf
-    if not isinstance(leaf, jax.Array): return jax.device_put(read_host_array(leaf, name))
-    check_dtype(leaf.dtype, name, "an array of JAX")
-    return leaf
+    return leaf if _is_constant(leaf) else jax.device_put(read_host_array(leaf, name))
 
 # %% ../../nbs/operators/00_samples.ipynb #00849174
 def _only_length(names) -> int:
