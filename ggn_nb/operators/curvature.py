@@ -55,6 +55,11 @@ class Problem:
     @property
     def num_params(self) -> int: return sum(p.size for p in jax.tree.leaves(self.params))
 
+    def at(self, params: Any) -> "Problem":
+        "The same problem at other parameters, which are taken over as they are now"
+        check_like(params, structure_of(self.params), "params", "the operator's parameters")
+        return replace(self, params=jax.tree.map(as_array, params))
+
     @property
     def samples_at_once(self) -> int | None:
         "How many samples each device takes at once; None: all"
@@ -249,9 +254,7 @@ class Curvature(Operator):
 
         - `ValueError`, `TypeError`: the tree's structure, a shape or a dtype is another.
         """
-        check_like(params, self.structure, "params", "the operator's parameters")
-        problem = replace(self.problem, params=jax.tree.map(as_array, params))
-        moved = replace(self, problem=problem)
+        moved = replace(self, problem=self.problem.at(params))
         return moved if self.linearization is None else moved.linearized()
 
     def _with_linearization(self, linearization: Any) -> "Curvature":
