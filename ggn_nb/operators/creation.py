@@ -162,7 +162,7 @@ def _check_scale(scale: _Scale) -> None:
                          "a mean divides by the sum of the weights")
 
 # %% ../../nbs/operators/14_creation.ipynb #42a8a45e
-def _factor_of(scale: _Scale, num_samples: int, weights: Any) -> tuple[jax.Array, Any]:
+def _factor_of(scale: _Scale, num_samples: int | None, weights: Any) -> tuple[jax.Array, Any]:
     "The factor, and for a mean over several heads the scale of each; else None"
     total = scale.num_total_samples
     if scale.reduction == "mean":
@@ -170,7 +170,9 @@ def _factor_of(scale: _Scale, num_samples: int, weights: Any) -> tuple[jax.Array
         return _mean_factor(1 if total is None else total, weights)
     if total is None: return _ratio(1, 1), None
     curv = num_samples if scale.num_curv_samples is None else scale.num_curv_samples
-    return _ratio(total, curv), None
+    if curv is not None: return _ratio(total, curv), None
+    raise ValueError("num_curv_samples: got None, expected a number with num_total_samples, since "
+                     "parts of a batch differ in length")
 
 
 def _mean_factor(total: Any, weights: Any) -> tuple[jax.Array, Any]:
