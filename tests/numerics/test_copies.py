@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import re
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +54,9 @@ OPERATORS = {
     "unbound": lambda: create_ggn_mv_without_data(model, PARAMS, "mse", 1.0),
 }
 WAYS = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda A: pickle.loads(pickle.dumps(A))}
-# What cannot be pickled: a function that no module has by its name.
-REFUSED = {("pickle", name) for name in ("names", "local function", "streamed from a generator")}
+# What cannot be pickled, a function that no module has by its name, and what the message calls it.
+REFUSED = {"names": "linearize|save_only_these_names", "local function": "loss_fn|<lambda>",
+           "streamed from a generator": "source|<lambda>"}
 
 
 def product(A):
@@ -69,9 +69,8 @@ def product(A):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_copy_multiplies_as_before(name, way):
     A = OPERATORS[name]()
-    if (way, name) in REFUSED:
-        with pytest.raises((TypeError, pickle.PicklingError), match=re.compile(r"^\w+: got .*, expected", re.DOTALL)):
-            WAYS[way](A)
+    if way == "pickle" and name in REFUSED:
+        with pytest.raises((TypeError, AttributeError, pickle.PicklingError), match=REFUSED[name]): WAYS[way](A)
     else:
         assert_close(product(WAYS[way](A)), product(A))
 
