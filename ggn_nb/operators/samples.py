@@ -249,11 +249,11 @@ def _heads_of(part) -> list: return jax.tree.leaves(part, is_leaf=lambda x: x is
 
 def _counts_in_head(weight, mask) -> jax.Array | None:
     "For each sample, from weight and mask of one head; None: all count"
-    given = {"weight": None if weight is None else weight > 0, "mask": mask}
-    given = {name: part for name, part in given.items() if part is not None}
+    given = {"weight": weight, "mask": mask}
+    given = {name: part.astype(bool) for name, part in given.items() if part is not None}
     if not given: return None
     shape = max((part.shape for part in given.values()), key=len)
-    found = [spread(part, shape, f"data['{name}']").astype(bool) for name, part in given.items()]
+    found = [spread(part, shape, f"data['{name}']") for name, part in given.items()]
     return jnp.any(jnp.stack(found).all(axis=0).reshape(shape[0], -1), axis=1)
 
 # %% ../../nbs/operators/00_samples.ipynb #1065b5ed

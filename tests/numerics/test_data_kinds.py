@@ -274,7 +274,7 @@ def test_numbers_that_are_rounded_are_read():
 
 
 def dropout(input, params):
-    return (input["x"] * jax.random.bernoulli(input["key"], 0.5, input["x"].shape)) @ params
+    return jnp.where(jax.random.bernoulli(input["key"], 0.5, input["x"].shape), input["x"], 0) @ params
 
 
 KEYS = jax.random.split(jax.random.key(3), N)
@@ -282,22 +282,22 @@ KEYED = {"input": {"x": X, "key": KEYS}, "target": Y}
 DROPPED = {"input": X * np.asarray(jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (3,)))(KEYS)), "target": Y}
 
 
-@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"batch_size": 4, "linearize": "cached"}, {"linearize": "rematerialized"}], ids=str)
-def test_keys_are_data(options, impl):
-    keys = KEYS if impl == "threefry2x32" else jax.random.split(jax.random.key(3, impl=impl), N)
-    dropped = DROPPED["input"] if impl == "threefry2x32" else X * np.stack([jax.random.bernoulli(key, 0.5, (3,)) for key in keys])
-    want = product({"input": dropped, "target": Y, "mask": M})
-    keyed = {"input": {"x": X, "key": keys}, "target": Y, "mask": M}
-    sources = [keyed] if "linearize" in options else [keyed, Stream(cut((5, 5, 3), keyed)), Stream(cut((2, 6, 5), keyed), prefetch=0)]
-    for source in sources:
-        if impl == "rbg" and not isinstance(source, Stream):
-            continue  # its numbers depend on the batch under vmap, as JAX says
+def test_keys_are_data(options):
+    want = product(DROPPED | {"mask": M})
+    keyed = KEYED | {"mask": M}
+    for source in [keyed] if "linearize" in options else [keyed, Stream(cut((5, 5, 3), keyed)), Stream(cut((2, 6, 5), keyed), prefetch=0)]:
         A = create_ggn_mv(dropout, PARAMS, source, "mse", **options)
-        if impl == "threefry2x32":
-            assert_close(A(VEC), want)
-            assert_close(A.matmat(VECS[:1])[0], want)
-        assert jnp.all(jnp.isfinite(A(VEC)))
+        assert_close(A(VEC), want)
+        assert_close(A.matmat(VECS[:1])[0], want)
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_of_any_kind_are_filled_up(impl):
+    keys = jax.random.split(jax.random.key(3, impl=impl), 5)
+    *_, last = Stream([{"input": keys[:3], "target": None}, {"input": keys[3:], "target": None}])
+    assert last.samples.input.dtype == keys.dtype
+    assert jnp.all(last.samples.input == keys[jnp.array([3, 4, 3])])
 
 
 def test_keys_are_compared_between_passes():
@@ -319,10 +319,9 @@ SOME = {
 }
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("vmap_over_data", [True, False])
 @pytest.mark.parametrize("case", SOME)
-def test_a_batch_may_have_parts_of_its_own(case, vmap_over_data, reduction):
+def test_a_batch_may_have_parts_of_its_own(case, vmap_over_data):
     weight, mask, batches = np.ones(N), np.ones(N, bool), cut((5, 5, 3))
     for i, (batch, given) in enumerate(zip(batches, SOME[case], strict=True)):
         if given is None:
@@ -331,12 +330,14 @@ def test_a_batch_may_have_parts_of_its_own(case, vmap_over_data, reduction):
         joined, part = (mask, "mask") if given.dtype == bool else (weight, "weight")
         joined[rows] = given[rows]
         batch[part] = given[rows]
-    options = {"vmap_over_data": vmap_over_data, "reduction": reduction}
-    whole = DATA | {"weight": weight, "mask": mask}
-    for make in (create_ggn_mv, create_hessian_mv, partial(create_fisher_mv, kind="monte_carlo", key=jax.random.key(1))):
-        got, want = (make(linear, PARAMS, source, "mse", **options) for source in (Stream(batches), whole))
-        assert_close(got(VEC), want(VEC))
-        assert_close(got.matmat(VECS), want.matmat(VECS))
+    sources = Stream(batches), DATA | {"weight": weight, "mask": mask}
+    for reduction in ("sum", "mean"):
+        got, want = (product(source, vmap_over_data=vmap_over_data, reduction=reduction) for source in sources)
+        assert_close(got, want)
+    if (case, vmap_over_data) == ("weight and mask", True):
+        draw = partial(create_fisher_mv, linear, PARAMS, kind="monte_carlo", key=jax.random.key(1))
+        got, want = (draw(source, "mse").matmat(VECS) for source in sources)
+        assert_close(got, want)
 
 
 def two_heads(input, params):
@@ -352,7 +353,7 @@ def test_a_head_may_have_parts_of_its_own(parts, sizes):
     """Also where a batch is filled up: the rows that are added count in no head."""
     given = {"mask": {"a": M, "b": None}, "weight": {"a": None, "b": W}}
     data = {"input": X, "target": {"a": Y, "b": Y}} | {part: given[part] for part in given if parts in (part, "both")}
-    for reduction in ("sum", "mean"):
+    for reduction in ("sum", "mean") if sizes[0] == 2 else ():
         got, want = (product(source, TWO, two_heads, reduction=reduction) for source in (Stream(cut(sizes, data)), data))
         assert_close(got, want)
     counted = {"a": jnp.asarray(M if parts != "weight" else np.ones(N), float), "b": jnp.asarray(W if parts != "mask" else np.ones(N))}
@@ -398,19 +399,22 @@ def reading():
     return [t for t in threading.enumerate() if t.name == run_ahead.__module__]
 
 
-def leave_by_break(stream):
+def leave_by_break(stream, asked):
     for _ in stream:
+        assert asked.wait(timeout=60)
         break
 
 
-def leave_by_error(stream):
+def leave_by_error(stream, asked):
     with pytest.raises(ZeroDivisionError):
         for _ in stream:
+            assert asked.wait(timeout=60)
             raise ZeroDivisionError
 
 
-def leave_by_product(stream):
+def leave_by_product(stream, asked):
     def model(input, params):
+        assert asked.wait(timeout=60)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -420,11 +424,12 @@ def leave_by_product(stream):
 @pytest.mark.parametrize("leave", [leave_by_break, leave_by_error, leave_by_product])
 @pytest.mark.parametrize("prefetch", [1, 3])
 def test_a_loop_that_is_left_does_not_wait_for_its_source(prefetch, leave):
-    answer, closed = threading.Event(), threading.Event()
+    asked, answer, closed = threading.Event(), threading.Event(), threading.Event()
 
     def source():
         try:
             yield X, Y
+            asked.set()
             answer.wait(timeout=100)
             yield X, Y
         finally:
@@ -432,8 +437,8 @@ def test_a_loop_that_is_left_does_not_wait_for_its_source(prefetch, leave):
 
     stream = Stream(source, prefetch=prefetch)
     begun = time.perf_counter()
-    leave(stream)
-    assert time.perf_counter() - begun < 30
+    leave(stream, asked)
+    assert time.perf_counter() - begun < 60
     (thread,) = reading()
     assert not closed.is_set()
     answer.set()
@@ -496,6 +501,7 @@ def test_dtypes_may_change_between_batches():
 HEADS = {"a": np.array([[True, False], [True, True], [False, False], [False, False]]), "b": np.array([False, False, True, False])}
 COUNTS = {
     "nothing given": ({}, None),
+    "whole numbers": ({"weight": np.array([0, 1, 0, 2])}, [0, 1, 0, 1]),
     "mask": ({"mask": HEADS["b"]}, [0, 0, 1, 0]),
     "positions": ({"mask": HEADS["a"]}, [1, 1, 0, 0]),
     "weight": ({"weight": np.array([0.0, 1.0, 0.0, 1e-30])}, [0, 1, 0, 1]),
@@ -559,9 +565,7 @@ def logarithmic(input, params):
     return (jnp.log(input) / jnp.sum(input, keepdims=True)) @ jnp.exp(params)
 
 
-@pytest.mark.parametrize("fill", [0.0, np.nan, np.inf, -1.0])
-@pytest.mark.parametrize("by", ["mask", "weight", "both"])
-@pytest.mark.parametrize("kind", ["ggn", "hessian", "fisher"])
+@pytest.mark.parametrize("kind, by, fill", [("ggn", "mask", 0.0), ("ggn", "mask", np.nan), ("ggn", "weight", -1.0), ("ggn", "both", np.inf), ("hessian", "mask", np.nan), ("hessian", "weight", 0.0), ("fisher", "both", np.nan)])
 def test_padding_in_a_stream_is_harmless(kind, by, fill):
     x, counts = np.abs(X) + 0.1, np.arange(N) % 3 != 0
     padded = np.where(counts[:, None], x, fill)
@@ -569,7 +573,7 @@ def test_padding_in_a_stream_is_harmless(kind, by, fill):
     data = {"input": padded, "target": Y} | {part: parts[part] for part in parts if by in (part, "both")}
     kept = {"input": x[counts], "target": Y[counts], "weight": W[counts] if by != "mask" else np.ones(counts.sum())}
     loss = "mse" if kind != "fisher" else square
-    for options in ({}, {"reduction": "mean"}, {"batch_size": 2}):
+    for options in ({}, {"reduction": "mean", "batch_size": 2}):
         want = KINDS[kind](logarithmic, PARAMS, kept, loss, **options)
         got = KINDS[kind](logarithmic, PARAMS, Stream(cut((5, 5, 3), data)), loss, **options)
         assert_close(got(VEC), want(VEC))
@@ -597,7 +601,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
     shown = lambda samples: harmless_inputs(samples, counting_samples(samples))
     for found in (shown(samples), jax.jit(shown)(samples)):
         assert np.array_equal(jax.device_get(found.input["x"]), x[rows])
-        assert found.input["x"].sharding == samples.input["x"].sharding
+        assert found.input["x"].sharding.is_equivalent_to(samples.input["x"].sharding, 2)
         assert np.array_equal(jax.random.key_data(found.input["key"]), jax.random.key_data(keys)[rows])
     assert "all-gather(%" not in "".join(l for l in jax.jit(shown).lower(samples).compile().as_text().splitlines() if "f64[8,2]" in l)
 print("reached the end")
@@ -662,8 +666,7 @@ def test_parts_of_several_lengths_are_refused_where_samples_are_taken_one_by_one
 # --- transfers
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"vmap_over_data": False}, {"num_total_samples": 100}], ids=str)
-@pytest.mark.parametrize("kind", ["ggn", "hessian", "fisher", "monte carlo"])
+@pytest.mark.parametrize("kind, options", [("ggn", {}), ("ggn", {"batch_size": 4}), ("ggn", {"num_total_samples": 100}), ("hessian", {"vmap_over_data": False}), ("fisher", {}), ("monte carlo", {})], ids=str)
 def test_all_transfers_are_explicit(kind, options):
     data = {"input": X, "target": LABELS, "weight": W, "mask": M}
     make = KINDS.get(kind) or partial(create_fisher_mv, kind="monte_carlo", key=jax.random.key(0))
@@ -671,7 +674,7 @@ def test_all_transfers_are_explicit(kind, options):
         for source in (data, Stream(cut((5, 5, 3), data), prefetch=0), Stream(cut((5, 5, 3), data))):
             A = make(linear, PARAMS, source, "cross_entropy", **options)
             A(VEC)
-            A.matmat(VECS, vector_batch_size=3)
+            A.matmat(VECS)
 
 
 def test_the_plain_product_is_that_of_the_oracle():
