@@ -155,8 +155,6 @@ def read_vector_and_prediction(
     check_array(pred, "pred")
     check_array(v, name)
     v, pred = jnp.asarray(v), jnp.asarray(pred)
-    if not pred.size:
-        raise ValueError(f"pred: got shape {pred.shape}, expected at least one entry")
     if v.shape != pred.shape:
         raise ValueError(f"{name}: got shape {v.shape}, expected {pred.shape} as in pred")
     dtype = working_dtype(v.dtype, pred.dtype)
@@ -235,13 +233,13 @@ def _axis_last(x, axis):
 
 
 def _check_axis(shape, axis):
-    "Raise unless `shape` has an axis for the vectors of positions, not empty"
-    if axis is None: return
-    if not -len(shape) <= axis < len(shape):
+    "Raise unless `shape` has entries, and an axis for the vectors of positions"
+    if axis is not None and not -len(shape) <= axis < len(shape):
         expected = f"an axis {axis} with at least one class"
         raise ValueError(f"pred: got shape {shape}, expected {expected}")
-    if shape[axis] == 0:
+    if axis is not None and shape[axis] == 0:
         raise ValueError(f"pred: got shape {shape}, expected at least one class along axis {axis}")
+    if 0 in shape: raise ValueError(f"pred: got shape {shape}, expected at least one entry")
 
 
 def _finite(x, axis):
@@ -313,7 +311,7 @@ def _read_inputs(
     sound = _all_of(_finite(f, loss.axis), _finite(u, loss.axis), parsed.valid)
     blank = blank_positions(w, counted, sound)
     y = None if parsed.values is None else erase(parsed.values, blank, parsed.fill)
-    return FormulaInputs(erase(f, blank), y, None if v is None else u, w, blank,
+    return FormulaInputs(_nan_where(wrong, erase(f, blank)), y, None if v is None else u, w, blank,
                          mean_weight, wrong, faults, parsed.fill)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #7d579396
