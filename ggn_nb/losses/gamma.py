@@ -77,8 +77,8 @@ def gamma_fisher_deviation(
 def gamma_sample(key: jax.Array, f: jax.Array, concentration: jax.Array) -> jax.Array:
     "y ~ Gamma(a) · exp(f)/a, entry by entry; the next float > 0 where it is none"
     g, e = gamma_factors(key, along_last(concentration, f.shape, "concentration"))
-    y = g * jnp.exp(f - e)
-    return jnp.clip(y, jnp.finfo(f.dtype).tiny, jnp.finfo(f.dtype).max)
+    half = jnp.exp((f - e) / 2)  # its square may be too small where y is not
+    return jnp.clip(half * (g * half), jnp.finfo(f.dtype).tiny, jnp.finfo(f.dtype).max)
 
 # %% ../../nbs/losses/17_gamma.ipynb #4e6f1aa8
 def _is_positive(y): return y > 0
