@@ -101,9 +101,9 @@ def student_t_sample(key: jax.Array, f: jax.Array, df: jax.Array, scale: jax.Arr
     "y = f + σ t with ν degrees of freedom, entry by entry; the largest float where it is none"
     noise_key, width_key = jax.random.split(key)
     g, e = gamma_factors(width_key, along_last(df, f.shape, "df") / 2)
+    normal, half = jax.random.normal(noise_key, f.shape, f.dtype), jnp.exp(e / 4)
+    t = jnp.nan_to_num(normal / jnp.sqrt(g) * half * half)  # 0 where the normal number is 0
     most = jnp.finfo(f.dtype).max
-    width = jnp.minimum(jnp.exp(e / 2), most) / jnp.sqrt(g)
-    t = jax.random.normal(noise_key, f.shape, f.dtype) * width
     return jnp.clip(f + along_last(scale, f.shape, "scale") * t, -most, most)
 
 # %% ../../nbs/losses/18_student_t.ipynb #f43c9514
