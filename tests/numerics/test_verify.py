@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ggn_nb import Operator, create_ggn_mv, create_loss, is_psd, multi_head, register_operator, static_field, verify
 from ggn_nb.losses import registered_losses
 from ggn_nb.losses.custom import HessianOnly
+from ggn_nb.operators.verification import _fisher_check
+from ggn_nb.tools.testing import dense_from_mv
 
 FISHER = "H is the Fisher information of the samples"
 LOW = {"bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -22,7 +25,7 @@ def failed(report):
 RARE = [
     ("cross_entropy", {}, [[10.0, 0.0, 0.0]] * 3),
     ("cross_entropy", {}, [40.0] + [0.0] * 9),
-    ("cross_entropy", {}, [[20.0, 0.0]] * 40),
+    ("cross_entropy", {}, [[20.0, 0.0]] * 12),
     ("binary_cross_entropy", {}, [-40.0, -40.0]),
     ("poisson", {}, [-10.0]),
     ("poisson", {}, [-40.0]),
@@ -36,9 +39,8 @@ def test_rare_outcomes_raise_no_alarm_and_hide_no_error(name, options, pred):
     """As it was, an outcome that no draw shows was an error of any number of standard errors."""
     loss, f = create_loss(name, **options), jnp.array(pred)
     assert failed(verify(loss, f)) == []
-    formulas = loss.formulas
-    wrong = lambda *args, **given: 1.2 * formulas.hessian_mv(*args, **given)
-    assert FISHER in failed(verify(replace(loss, formulas=replace(formulas, hessian_mv=wrong)), f))
+    H = np.asarray(dense_from_mv(lambda u: loss.hessian_mv(u, f), f))
+    assert not _fisher_check(loss, f, 1.2 * H, jax.random.key(0)).passed
 
 
 def test_a_wrong_sampler_is_found():
@@ -141,8 +143,8 @@ def test_lists_are_read_as_arrays():
 @pytest.mark.parametrize("check", [verify, is_psd])
 @pytest.mark.parametrize("name", ["target", "weight", "mask"])
 def test_what_is_no_number_is_refused_by_name(check, name):
-    for wrong in (["a", "b"], [object(), None]):
+    for wrong in (["one", "two"], [object(), None]):
         with pytest.raises(TypeError, match=f"^{name}: got"):
             check("mse", jnp.ones(2), **({"target": jnp.ones(2)} | {name: wrong}))
     with pytest.raises(TypeError, match="^pred: got"):
-        check("mse", ["a"], [1.0])
+        check("mse", ["one"], [1.0])
