@@ -20,6 +20,7 @@ from ..losses.weights import raise_faults
 from .chunks import map_over_chunks, sum_over_chunks
 from .convolutions import channels_last
 from .layout import Layout, layout_of
+from .models import call_model
 from ggn_nb.operators.operator import (
     Operator, bytes_of, register_operator, scale_tree, structure_of,
 )
@@ -55,7 +56,7 @@ class Problem:
 
     def predict(self, inputs: Any) -> Callable:
         "params -> predictions for all samples, in chunks where there is a `batch_size`"
-        one = lambda params, x: self.model_fn(input=x, params=params)
+        one = lambda params, x: call_model(self.model_fn, x, params)
         all_at_once = jax.vmap(one, in_axes=(None, 0)) if self.vmap_over_data else one
         return lambda params: map_over_chunks(all_at_once, params, inputs, self.samples_at_once)
 
