@@ -131,7 +131,7 @@ class _SampledScoreProducts(_Scores):
         "Those of the loss; nothing is wrong with a target that is not there"
         target, missing = self._with_draws(pred, target), _is_missing(target)
         found = self.loss.faults(pred, target, weight=weight, mask=mask)
-        return {what: so for what, so in found.items() if not (missing and what[:6] == "target")}
+        return {what: so for what, so in found.items() if not (missing and what.startswith("target"))}
 
     def _with_draws(self, pred, target) -> Any:
         "`target`, with draws where it has none"
@@ -181,7 +181,7 @@ def _with_root_scales(loss: Loss) -> Loss:
     "`loss`, if each head is a likelihood, with √c for its weight c: its scores enter twice"
     if isinstance(loss, MultiHeadLoss):
         heads = jax.tree.map(_with_root_scales, loss.losses, is_leaf=_is_loss)
-        return MultiHeadLoss(heads, tuple(map(root, loss.scales)))
+        return MultiHeadLoss(heads, jax.tree.map(root, loss.scales))
     if loss.is_likelihood: return loss
     raise ValueError("kind: got 'monte_carlo', expected a negative log-likelihood, which "
                      f"{loss!r} is not; {_NO_LIKELIHOOD}")
