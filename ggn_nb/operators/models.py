@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/operators/08_models.ipynb #4647d671
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,9 +46,15 @@ def _library(fn: Any) -> str | None:
     return next(known, None)
 
 # %% ../../nbs/operators/08_models.ipynb #64005197
+def _bare(fn: Any) -> Any:
+    "`fn`, without partial calls that give it nothing"
+    gives_nothing = isinstance(fn, partial) and not fn.args and not fn.keywords
+    return _bare(fn.func) if gives_nothing else fn
+
+
 def _as_call(fn: Any) -> str:
     "`fn` as the call that it takes: its name, and the names of its arguments"
-    name = getattr(fn, "__name__", type(fn).__name__)
+    name = getattr(_bare(fn), "__name__", type(fn).__name__)
     try: parameters = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError): return name
     plain = [p.replace(annotation=p.empty) for p in parameters]
@@ -56,7 +63,7 @@ def _as_call(fn: Any) -> str:
 
 def _as_lambda(fn: Any) -> str:
     "A function of `input` and `params` that calls `fn`"
-    name = getattr(fn, "__name__", "f")
+    name = getattr(_bare(fn), "__name__", "f")
     required = [p for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
     names = [p.name for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if len(names) < 2: return "lambda input, params: ..., a function of both"
@@ -100,9 +107,13 @@ def check_model(
     "Raise `TypeError` or `ValueError` where it is certain that the two cannot be used together"
     _check_collections(params)
     library = _library(model_fn)
-    may_differ = hasattr(model_fn, "__wrapped__") or not callable(model_fn)
-    if library is None and may_differ: return
+    if library is None and (_wraps_another(model_fn) or not callable(model_fn)): return
     if library == "torch" or not _takes_both(model_fn): raise _how_to_call(model_fn)
+
+
+def _wraps_another(fn: Any) -> bool:
+    "Is `fn`, or what it is a partial call of, a wrapper of another function?"
+    return _wraps_another(fn.func) if isinstance(fn, partial) else hasattr(fn, "__wrapped__")
 
 # %% ../../nbs/operators/08_models.ipynb #2bcaed03
 def call_model(model_fn: Callable, input: Any, params: Any) -> Any:

@@ -150,13 +150,14 @@ def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callabl
         >>> create_ggn_mv(head, head_params, data, "mse").shape
         (2, 2)
     """
-    model_fn, chosen = function_as_pytree(model_fn, "model_fn"), _chosen(select, params)
+    chosen = _chosen(select, params)
     leaves, structure = jax.tree.flatten(params)
     def part(flags):
         kept = [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
         return structure.unflatten(kept)
     selected, frozen = part(chosen), part([not flag for flag in chosen])
     check_model(model_fn, selected)
+    model_fn = function_as_pytree(model_fn, "model_fn")
     check_floating(selected, "params")
     frozen = jax.tree_util.tree_map_with_path(_as_array, frozen)
     return _PartlyFrozen(model_fn, frozen, jax.tree.structure(selected)), selected

@@ -40,7 +40,7 @@ RIGHT = {
     "partial of arrays": Partial(lambda c, input, params: c * linear(input, params), jnp.ones(())), "object": Model(), "method": Model().forward,
     "more keywords": lambda input, params, train=False: linear(input, params), "keywords alone": lambda *, params, input: linear(input, params),
     "any keywords": lambda **both: linear(**both), "checkpoint": jax.checkpoint(linear), "jitted partial": jax.jit(partial(linear)),
-    "wrapper of another": turned, "jitted wrapper": jax.jit(turned), "wrapper of any": renamed,
+    "wrapper of another": turned, "partial wrapper": partial(turned), "jitted wrapper": jax.jit(turned), "wrapper of any": renamed,
 }
 
 
@@ -71,7 +71,8 @@ OTHER_FORMS = {
     "lambda": (lambda p, x: x @ p, r"got <lambda>\(p, x\)", "lambda input, params: f(params, input)"),
     "key": (lambda params, rng, x: x, r"got <lambda>\(params, rng, x\)", "lambda input, params: f(params, rng, input)"),
     "closed over": (lambda input: input @ W, r"got <lambda>\(input\)", "a function of both"),
-    "partial": (partial(params_first), "got partial", "lambda input, params: f(params, input)"),
+    "empty partial": (partial(params_first), r"got params_first\(params, x\)", "lambda input, params: params_first(params, input)"),
+    "partial": (partial(lambda c, p, x: c * x @ p, 2.0), r"got partial\(p, x\)", "lambda input, params: f(params, input)"),
     "jitted": (jax.jit(params_first), "got params_first", "params_first(params, input)"),
     "mapped": (jax.vmap(params_first, in_axes=(None, 0)), "got params_first", "params_first(params, input)"),
     "checkpoint": (jax.checkpoint(params_first), "got params_first", "params_first(params, input)"),
@@ -132,7 +133,6 @@ def test_state_is_held_fixed_as_the_message_says():
 def test_other_names_beside_params_are_parameters():
     model = lambda input, params: params["scale"] * (input @ params["params"])
     assert create_ggn_mv(model, {"params": W, "scale": jnp.ones(())}, DATA, "mse").shape == (7, 7)
-    assert create_ggn_mv(lambda input, params: input @ params["params"] + params["cache"].sum(), {"params": W, "cache": jnp.zeros((0,))}, DATA, "mse").shape == (6, 6)
 
 
 # Predictions
