@@ -42,12 +42,19 @@ def _by_head(losses, tree, name) -> list:
 def _given_by_head(losses, given, name) -> list:
     "A weight or mask for each head: one array serves all, a tree of heads has one for each"
     treedef = _heads_of(losses)
-    if given is None or jax.tree_util.all_leaves([given]): return [given] * treedef.num_leaves
+    if _serves_all(given): return [given] * treedef.num_leaves
+    try: parts = treedef.flatten_up_to(given)
+    except (ValueError, TypeError): parts = [given]
+    each_loss = jax.tree.leaves(losses, is_leaf=_is_loss)
+    fits = [_serves_all(part) or hasattr(loss, "losses")  # it has heads of its own
+            for loss, part in zip(each_loss, parts, strict=False)]
+    if all(fits) and len(fits) == treedef.num_leaves: return parts
     heads = jax.tree.structure(given, is_leaf=lambda x: x is None)
-    if heads != treedef:
-        expected = f"one array, or one for each of {treedef}"
-        raise ValueError(f"{name}: got heads {heads}, expected {expected}")
-    return treedef.flatten_up_to(given)
+    expected = f"one array, or one for each of {treedef}"
+    raise ValueError(f"{name}: got heads {heads}, expected {expected}")
+
+
+def _serves_all(given) -> bool: return given is None or jax.tree_util.all_leaves([given])
 
 # %% ../../nbs/losses/30_multi_head.ipynb #b5000003
 def _each_head(losses, pred, target, weight, mask) -> Iterator[tuple]:

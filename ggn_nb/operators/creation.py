@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ..losses.loss import Loss, check_reduction
 from ..losses.weights import raise_faults
 from .curvature import Curvature, Problem, on_samples
+from .models import check_model
 from .policies import Linearize, check_linearize
 from .samples import Samples, count_samples, read_samples
 from .streamed import Streamed, on_stream
@@ -77,6 +78,7 @@ def make_problem(
     linearize: Linearize | None = "recomputed",
 ) -> Problem:
     "A problem from checked arguments; its arrays are taken over as they are now"
+    check_model(model_fn, params)
     check_floating(params, "params")
     check_scalar(factor, "factor")
     batch_size = check_size(batch_size, "batch_size")

@@ -21,6 +21,7 @@ from ..losses.weights import raise_faults
 from .chunks import check_rows, map_over_chunks, sum_over_chunks
 from .convolutions import channels_last
 from .layout import Layout, layout_of
+from .models import call_model
 from ggn_nb.operators.operator import (
     Operator, bytes_of, product, register_operator, scale_tree, structure_of,
 )
@@ -76,7 +77,7 @@ class Problem:
     def predict(self, inputs: Any) -> Callable:
         "params, in float32 or better -> predictions for all samples, chunk by chunk"
         def one(params, x):
-            return self.model_fn(input=x, params=cast_like(params, self.params))
+            return call_model(self.model_fn, x, cast_like(params, self.params))
         all_at_once = jax.vmap(one, in_axes=(None, 0)) if self.vmap_over_data else one
         return lambda params: map_over_chunks(all_at_once, params, inputs, self.samples_at_once)
 

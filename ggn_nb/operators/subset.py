@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, keystr
 
+from .models import call_model, check_model
 from ..tools.arrays import function_as_pytree, register_pytree
 from ..tools.checks import check_floating
 
@@ -101,7 +102,7 @@ class _PartlyFrozen:
         if (got := jax.tree.structure(params)) != self.structure:
             raise ValueError(f"params: got tree structure {got}, expected that of the selected "
                              f"parameters, {self.structure}")
-        return self.model_fn(input=input, params=_filled(params, self.frozen))
+        return call_model(self.model_fn, input, _filled(params, self.frozen))
 
 # %% ../../nbs/operators/23_subset.ipynb #ed2cc84a
 def _as_array(path: Any, leaf: Any) -> jax.Array:
@@ -149,12 +150,14 @@ def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callabl
         >>> create_ggn_mv(head, head_params, data, "mse").shape
         (2, 2)
     """
-    model_fn, chosen = function_as_pytree(model_fn, "model_fn"), _chosen(select, params)
+    chosen = _chosen(select, params)
     leaves, structure = jax.tree.flatten(params)
     def part(flags):
         kept = [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
         return structure.unflatten(kept)
     selected, frozen = part(chosen), part([not flag for flag in chosen])
+    check_model(model_fn, selected)
+    model_fn = function_as_pytree(model_fn, "model_fn")
     check_floating(selected, "params")
     frozen = jax.tree_util.tree_map_with_path(_as_array, frozen)
     return _PartlyFrozen(model_fn, frozen, jax.tree.structure(selected)), selected
