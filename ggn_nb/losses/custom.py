@@ -25,8 +25,9 @@ from ggn_nb.losses.weights import (
     weigh,
     weight_faults,
 )
-from ..tools.arrays import function_as_pytree, register_pytree, sum_entries, working_dtype
+from ..tools.arrays import register_pytree, sum_entries, working_dtype
 from ..tools.checks import check_floating, check_like
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/losses/03_custom.ipynb #6f4a9645
 def _read_prediction(pred) -> Any:

@@ -26,6 +26,8 @@ from ggn_nb.operators.operator import (
 from .policies import Linearize, checkpoint_policy
 from .samples import Samples, count_samples, number_samples
 from ..tools.arrays import register_pytree, sum_entries
+from ..tools.functions import with_whole_functions
+from ..tools.programs import program
 
 # %% ../../nbs/operators/12_curvature.ipynb #71f6d851
 @partial(register_pytree, data_fields=["model_fn", "params", "loss", "factor"],
@@ -217,7 +219,7 @@ class Curvature(Operator):
         return policy if isinstance(policy, str) else "cached by a policy"
 
 # %% ../../nbs/operators/12_curvature.ipynb #1a5c140b
-@jax.jit
+@program
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
     problem, samples = jax.lax.optimization_barrier((operator.problem, operator.samples))
@@ -249,7 +251,7 @@ def _multiply_linearized(operator: Curvature, vec: Any) -> Any:
     return layout.sum_over_devices(parts)
 
 # %% ../../nbs/operators/12_curvature.ipynb #a1a196cb
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(program, static_argnums=(0, 3))
 def inspect_samples(
     kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool
 ) -> tuple:  # message -> how often; the sum of the weights for each head, if `weigh`
@@ -282,6 +284,7 @@ def on_samples(
     if problem.loss.indexed: samples = number_samples(samples)
     split = samples if problem.vmap_over_data else None
     problem = replace(problem, layout=layout_of(problem.params, problem, split))
-    faults, weights = inspect_samples(kind, problem, samples, weigh)
+    inspect = lambda problem: inspect_samples(kind, problem, samples, weigh)
+    problem, (faults, weights) = with_whole_functions(inspect, problem)
     raise_faults(faults)
     return kind(problem, samples), weights

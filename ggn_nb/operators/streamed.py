@@ -20,6 +20,8 @@ from .layout import layout_of
 from .operator import Operator, structure_of
 from .samples import Samples, number_samples
 from .streams import Stream, sum_over_batches
+from ..tools.functions import with_whole_functions
+from ..tools.programs import program
 
 # %% ../../nbs/operators/13_streamed.ipynb #7c2317d9
 def _samples_of(problem: Problem, batch: Batch) -> Samples:
@@ -34,12 +36,12 @@ def _on_batch(kind: type[Curvature], problem: Problem, batch: Batch) -> Curvatur
     return kind(problem, _samples_of(problem, batch))
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(program, static_argnums=(1,))
 def _batch_product(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) -> Any:
     return _on_batch(kind, problem, batch).multiply(vec)
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(program, static_argnums=(1,))
 def _batch_products(batch: Batch, kind: type[Curvature], problem: Problem, vecs: Any) -> Any:
     return _on_batch(kind, problem, batch).multiply_many(vecs)
 
@@ -95,7 +97,7 @@ class Streamed(Operator):
                 f"{self.num_samples:,} samples in {self.stream!r})")
 
 # %% ../../nbs/operators/13_streamed.ipynb #2f10f8a9
-@partial(jax.jit, static_argnums=(1, 3))
+@partial(program, static_argnums=(1, 3))
 def _inspect_batch(batch: Batch, kind: type[Curvature], problem: Problem, weigh: bool) -> tuple:
     samples = _samples_of(problem, batch)
     return *inspect_samples(kind, problem, samples, weigh), jnp.sum(batch.counted)
@@ -109,7 +111,8 @@ def on_stream(
 ) -> tuple[Streamed, Any]:  # the operator; the sum of the weights that count, or None
     "The operator of a problem on a stream that was read and looked over once"
     problem = replace(problem, layout=layout_of(problem.params, problem))
-    inspect = partial(sum_over_batches, stream, _inspect_batch, pad=problem.vmap_over_data)
-    faults, weights, num_samples = inspect(kind, problem, weigh)
+    inspect = lambda problem: sum_over_batches(stream, _inspect_batch, kind, problem, weigh,
+                                               pad=problem.vmap_over_data)
+    problem, (faults, weights, num_samples) = with_whole_functions(inspect, problem)
     raise_faults(faults)
     return Streamed(kind, problem, stream, int(num_samples)), weights

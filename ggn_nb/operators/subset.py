@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, keystr
 
-from ..tools.arrays import function_as_pytree, register_pytree
+from ..tools.arrays import register_pytree
 from ..tools.checks import check_floating
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/operators/23_subset.ipynb #e276fe28
 def _paths(tree: Any) -> list[str]:
