@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/tools/06_programs.ipynb #f74579ff
+# %% ../../nbs/tools/06_programs.ipynb #1bca6c43
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial, wraps
@@ -17,7 +17,7 @@ from jax.tree_util import PyTreeDef
 
 from .arrays import register_pytree
 
-# %% ../../nbs/tools/06_programs.ipynb #4e353765
+# %% ../../nbs/tools/06_programs.ipynb #498b77e6
 @partial(register_pytree, data_fields=("leaves",), meta_fields=("number",))
 @dataclass(frozen=True)
 class _Result:
@@ -27,7 +27,7 @@ class _Result:
 
 _numbers = count()
 
-# %% ../../nbs/tools/06_programs.ipynb #65eca685
+# %% ../../nbs/tools/06_programs.ipynb #7295ae32
 class _Compiled:
     "A function compiled for arguments of one structure"
 
@@ -35,7 +35,6 @@ class _Compiled:
         self.structures: dict[int, PyTreeDef] = {}  # of results, by number
         structures = self.structures
 
-        @wraps(fn)
         def on_leaves(*leaves):
             args = list(structure.unflatten(leaves))
             for position, value in sorted(static.items()): args.insert(position, value)
@@ -44,18 +43,19 @@ class _Compiled:
             structures[number] = result
             return _Result(leaves, number)
 
+        on_leaves.__name__ = fn.__name__  # by which profiles and messages call the program
         self.call = jax.jit(on_leaves, donate_argnums=donated)
 
     def whole(self, result: _Result) -> Any:
         return self.structures[result.number].unflatten(result.leaves)
 
-# %% ../../nbs/tools/06_programs.ipynb #1a385b1b
+# %% ../../nbs/tools/06_programs.ipynb #e2f6fa6d
 def _leaf_numbers(structure: PyTreeDef, positions: tuple[int, ...]) -> tuple[int, ...]:
     "Which leaves the arguments at some positions have"
     owners = [i for i, child in enumerate(structure.children()) for _ in range(child.num_leaves)]
     return tuple(leaf for leaf, owner in enumerate(owners) if owner in positions)
 
-# %% ../../nbs/tools/06_programs.ipynb #0df63230
+# %% ../../nbs/tools/06_programs.ipynb #0100c12b
 _KEPT = 64  # structures of arguments, for each program
 
 
@@ -66,16 +66,16 @@ def program(
     donate_argnums: tuple[int, ...] = (),  # which arguments may be overwritten
 ) -> Callable:  # the same, with `eval_shape`, as of `jax.jit`
     "Compile `fn`, as `jax.jit` does, for at most 64 structures of its arguments at a time"
-    first = [i - sum(j < i for j in static_argnums) for i in donate_argnums]
+    donated = tuple(i - sum(j < i for j in static_argnums) for i in donate_argnums)
 
     @lru_cache(_KEPT)
     def compiled(structure: PyTreeDef, static: tuple) -> _Compiled:
-        donated = _leaf_numbers(structure, tuple(first))
-        return _Compiled(fn, structure, dict(zip(static_argnums, static, strict=True)), donated)
+        given = dict(zip(static_argnums, static, strict=True))
+        return _Compiled(fn, structure, given, _leaf_numbers(structure, donated))
 
     def find(args: tuple) -> tuple[_Compiled, list]:
-        dynamic = tuple(arg for i, arg in enumerate(args) if i not in static_argnums)
-        leaves, structure = jax.tree.flatten(dynamic)
+        traced = tuple(arg for i, arg in enumerate(args) if i not in static_argnums)
+        leaves, structure = jax.tree.flatten(traced)
         return compiled(structure, tuple(args[i] for i in static_argnums)), leaves
 
     @wraps(fn)
