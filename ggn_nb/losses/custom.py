@@ -84,8 +84,10 @@ def _function_as_pytree(fn: Any, name: str) -> Any:
     return function_as_pytree(fn, name) if is_bare else fn
 
 # %% ../../nbs/losses/03_custom.ipynb #42828e38
-@partial(register_pytree, data_fields=["loss_fn"],
-         meta_fields=["square_root", "square_root_transpose", "sampler", "is_hessian", "is_fisher"])
+_FUNCTIONS = ["loss_fn", "square_root", "square_root_transpose", "sampler"]
+
+
+@partial(register_pytree, data_fields=_FUNCTIONS, meta_fields=["is_hessian", "is_fisher"])
 @dataclass(frozen=True, eq=False)
 class CustomLoss(Loss):
     """A function as a loss, differentiated by JAX.
@@ -124,7 +126,8 @@ class CustomLoss(Loss):
     is_fisher: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "loss_fn", _function_as_pytree(self.loss_fn, "loss_fn"))
+        for name in _FUNCTIONS:
+            object.__setattr__(self, name, _function_as_pytree(getattr(self, name), name))
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "What the function returns, times the weights; in float32 or better"

@@ -20,24 +20,28 @@ def working_dtype(*dtypes) -> jnp.dtype:
     "The widest of `dtypes`, and at least float32: sums are not taken in half precision"
     return max((jnp.dtype(d) for d in (*dtypes, jnp.float32)), key=lambda d: jnp.finfo(d).bits)
 
-# %% ../../nbs/tools/01_arrays.ipynb #f15684cd
-def sum_entries(values: Any, name: str = "value") -> jax.Array:
-    "The sum of an array's entries in float32 or better; `TypeError` where they are no real numbers"
-    if not jax.tree_util.all_leaves([values]):
-        raise TypeError(f"{name}: got a {type(values).__name__}, expected a scalar or an array")
-    check_floating(values, name)
-    values = jnp.asarray(values)
-    return jnp.sum(values.astype(working_dtype(values.dtype)))
-
 # %% ../../nbs/tools/01_arrays.ipynb #5b0e7a22
 def as_array(
     value: Any,  # a number or an array, or nested lists of these
     dtype: Any = None,  # by default that of the numbers, as JAX reads it
 ) -> jax.Array:
     "`value` as an array; what is on the host is copied there and transferred, compiling nothing"
-    on_device = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(value))
-    if on_device: return jnp.array(value, dtype)
-    return jax.device_put(np.array(value, dtype))
+    if isinstance(value, jax.Array): return jnp.array(value, dtype)
+    leaves = jax.tree.leaves(value)
+    if not any(isinstance(leaf, jax.Array) for leaf in leaves):
+        return jax.device_put(np.array(value, dtype))
+    dtype = jnp.result_type(*leaves) if dtype is None else dtype
+    put = lambda leaf: leaf if isinstance(leaf, jax.Array) else as_array(leaf, dtype)
+    return jnp.array(jax.tree.map(put, value), dtype)
+
+# %% ../../nbs/tools/01_arrays.ipynb #f15684cd
+def sum_entries(values: Any, name: str = "value") -> jax.Array:
+    "The sum of an array's entries in float32 or better; `TypeError` where they are no real numbers"
+    if not jax.tree_util.all_leaves([values]):
+        raise TypeError(f"{name}: got a {type(values).__name__}, expected a scalar or an array")
+    check_floating(values, name)
+    values = values if isinstance(values, jax.Array) else as_array(values)
+    return jnp.sum(values.astype(working_dtype(values.dtype)))
 
 # %% ../../nbs/tools/01_arrays.ipynb #66bee171
 def on_host(x: jax.Array) -> Any:
