@@ -25,8 +25,9 @@ from ggn_nb.losses.weights import (
     weigh,
     weight_faults,
 )
-from ..tools.arrays import function_as_pytree, register_pytree, sum_entries, working_dtype
+from ..tools.arrays import register_pytree, sum_entries, working_dtype
 from ..tools.checks import check_floating, check_like
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/losses/03_custom.ipynb #6f4a9645
 def _read_prediction(pred) -> Any:
@@ -134,8 +135,10 @@ def _function_as_pytree(fn: Any, name: str) -> Any:
     return function_as_pytree(fn, name) if is_bare else fn
 
 # %% ../../nbs/losses/03_custom.ipynb #42828e38
-@partial(register_pytree, data_fields=["loss_fn"],
-         meta_fields=["square_root", "square_root_transpose", "sampler", "is_hessian", "is_fisher"])
+_FUNCTIONS = ["loss_fn", "square_root", "square_root_transpose", "sampler"]
+
+
+@partial(register_pytree, data_fields=_FUNCTIONS, meta_fields=["is_hessian", "is_fisher"])
 @dataclass(frozen=True, eq=False)
 class CustomLoss(Loss):
     """A function as a loss, differentiated by JAX.
@@ -182,7 +185,8 @@ class CustomLoss(Loss):
     is_fisher: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "loss_fn", _function_as_pytree(self.loss_fn, "loss_fn"))
+        for name in _FUNCTIONS:
+            object.__setattr__(self, name, _function_as_pytree(getattr(self, name), name))
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "What the function returns, times the weights; in float32 or better"

@@ -23,8 +23,9 @@ from .policies import Linearize, check_linearize
 from .samples import Samples, count_samples, read_samples
 from .streamed import Streamed, on_stream
 from .streams import Stream
-from ..tools.arrays import as_array, function_as_pytree, register_pytree, working_dtype
+from ..tools.arrays import as_array, register_pytree, working_dtype
 from ..tools.checks import check_floating, check_like, check_scalar, check_size
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/operators/14_creation.ipynb #823d56c2
 class ProblemOptions(TypedDict, total=False):

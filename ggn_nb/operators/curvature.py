@@ -32,6 +32,8 @@ from ggn_nb.operators.samples import (
 )
 from ..tools.arrays import as_array, register_pytree, sum_entries
 from ..tools.checks import check_like
+from ..tools.functions import with_whole_functions
+from ..tools.programs import program
 
 # %% ../../nbs/operators/12_curvature.ipynb #71f6d851
 _IN_HALF_PRECISION = 256  # samples whose sum the compiler may take in half precision
@@ -293,7 +295,7 @@ def _apart(tree: Any) -> Any:
     return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
-@jax.jit
+@program
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
     problem, samples = _apart((operator.problem, operator.samples))
@@ -333,7 +335,7 @@ def _sum_linearized(operator: Curvature, vec: Any) -> Any:
     return layout.sum_over_devices(parts)
 
 # %% ../../nbs/operators/12_curvature.ipynb #a1a196cb
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(program, static_argnums=(0, 3))
 def inspect_samples(
     kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool
 ) -> tuple:  # message -> how often; the sum of the weights for each head, if `weigh`
@@ -372,7 +374,7 @@ def _check_chunks(operator: Curvature) -> None:
     raise_faults(_depends_on_others(operator, rows))
 
 
-@jax.jit
+@program
 def _depends_on_others(operator: Curvature, rows: jax.Array) -> dict[str, jax.Array]:
     "Do the results for some samples depend on which others are there? message -> is it so?"
     kind, problem = type(operator), replace(operator.problem, batch_size=None)
@@ -410,12 +412,12 @@ def _without_blank_inputs(samples: Samples) -> Samples:
     return (_replace_if_not_finite if traced else _replace_if_blank)(samples)
 
 
-@jax.jit
+@program
 def _replace_if_blank(samples: Samples) -> Samples:
     return harmless_inputs(samples, counting_samples(samples))
 
 
-@jax.jit
+@program
 def _replace_if_not_finite(samples: Samples) -> Samples:
     "Those that are masked, and those that have weight 0 and an input that is not finite"
     unmasked = counting_samples(samples._replace(weight=None))
@@ -440,7 +442,8 @@ def on_samples(
     samples = _read_rows(problem, samples)
     split = samples if problem.vmap_over_data else None
     problem = replace(problem, layout=layout_of(problem.params, problem, split))
-    faults, weights = inspect_samples(kind, problem, samples, weigh)
+    inspect = lambda problem: inspect_samples(kind, problem, samples, weigh)
+    problem, (faults, weights) = with_whole_functions(inspect, problem)
     raise_faults(faults)
     if problem.vmap_over_data: samples = _without_blank_inputs(samples)
     operator = kind(problem, samples)

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..tools.arrays import as_array, register_pytree, working_dtype
 from ..tools.checks import check_like, check_scalar, check_size
+from ..tools.programs import program
 
 # %% ../../nbs/operators/00_operator.ipynb #9ec387bb
 def static_field(**options: Any) -> Any:
@@ -265,12 +266,12 @@ class Operator(ABC):
         return Damped(self, _read_damping(damping, self.structure))
 
 # %% ../../nbs/operators/00_operator.ipynb #1379bd35
-@jax.jit
+@program
 def product(operator: Operator, vec: Any) -> Any:
     return operator.multiply(vec)
 
 
-@jax.jit
+@program
 def _products(operator: Operator, vecs: Any) -> Any:
     return operator.multiply_many(vecs)
 
@@ -335,7 +336,7 @@ def _vectors_at_once(operator: Operator) -> int:
     return max(1, _BYTES_AT_ONCE // max(1, operator.bytes_per_vector()))
 
 # %% ../../nbs/operators/00_operator.ipynb #a68c29a4
-@partial(jax.jit, donate_argnums=3, static_argnums=4)
+@partial(program, donate_argnums=(3,), static_argnums=(4,))
 def _write_group(operator: Operator, vecs: Any, start: Any, out: Any, size: int) -> Any:
     "`out`, with the products of `size` vectors from `start` on written into it"
     group = jax.tree.map(lambda v: jax.lax.dynamic_slice_in_dim(v, start, size), vecs)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import jax
 
+from ..tools.functions import static_function
+
 # %% ../../nbs/operators/10_policies.ipynb #3e144772
 def _worth_storing(primitive, *_, **__) -> bool:
     "Checkpoint policy: every intermediate value but broadcast constants"
@@ -47,4 +49,4 @@ def check_linearize(
     if streamed and linearize != "recomputed":
         raise ValueError(f"linearize: got {linearize!r}, expected 'recomputed': with a stream "
                          "nothing is kept")
-    return linearize
+    return static_function(linearize, "linearize") if callable(linearize) else linearize

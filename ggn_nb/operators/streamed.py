@@ -23,6 +23,8 @@ from .layout import layout_of
 from .operator import Operator, structure_of
 from .samples import Samples, counting_samples, harmless_inputs, number_samples
 from .streams import Stream, sum_over_batches
+from ..tools.functions import with_whole_functions
+from ..tools.programs import program
 
 # %% ../../nbs/operators/13_streamed.ipynb #7c2317d9
 def _samples_of(problem: Problem, batch: Batch) -> Samples:
@@ -44,7 +46,7 @@ def _placed(batch: Batch) -> Batch:
     return batch._replace(start=jax.device_put(batch.start))
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(program, static_argnums=(1,))
 def _batch_sum(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) -> Any:
     "Σ w A vec over a batch; zero where none of its samples counts"
     operator = _on_batch(kind, problem, batch)
@@ -53,12 +55,12 @@ def _batch_sum(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) 
     return jax.tree.map(lambda t: jnp.where(jnp.any(counts), t, 0), total)
 
 
-@partial(jax.jit, static_argnums=1)
+@partial(program, static_argnums=(1,))
 def _batch_sums(batch: Batch, kind: type[Curvature], problem: Problem, vecs: Any) -> Any:
     return jax.vmap(partial(_batch_sum, batch, kind, problem))(vecs)
 
 
-@jax.jit
+@program
 def _times_factor(problem: Problem, total: Any) -> Any:
     return problem.times_factor(total)
 
@@ -121,7 +123,7 @@ class Streamed(Operator):
                 f"{samples} in {self.stream!r})")
 
 # %% ../../nbs/operators/13_streamed.ipynb #2f10f8a9
-@partial(jax.jit, static_argnums=(1, 3))
+@partial(program, static_argnums=(1, 3))
 def _inspect_batch(batch: Batch, kind: type[Curvature], problem: Problem, weigh: bool) -> tuple:
     "Faults; the sum of the weights, if `weigh`, in the default precision; how many rows count"
     samples = _samples_of(problem, batch)
@@ -139,18 +141,25 @@ def on_stream(
 ) -> tuple[Streamed, Any]:  # the operator; the sum of the weights that count, or None
     "The operator of a problem on a stream that was read and looked over once"
     problem = replace(problem, layout=layout_of(problem.params, problem))
+    inspect = lambda problem: _look_over(kind, problem, stream, weigh)
+    problem, (weights, num_samples) = with_whole_functions(inspect, problem)
+    return Streamed(kind, problem, stream, num_samples), weights
+
+
+def _look_over(kind, problem, stream, weigh) -> tuple[Any, int | None]:
+    "The sum of the weights and the number of samples; an error that names the batch with a fault"
     numbers, sizes = count(), []
 
     def inspect(batch):
-        weights, size = _look_over(next(numbers), batch, kind, problem, weigh)
+        weights, size = _look_over_batch(next(numbers), batch, kind, problem, weigh)
         sizes.append(size)
         return weights
 
     weights = sum_over_batches(stream, inspect, pad=problem.vmap_over_data)
-    return Streamed(kind, problem, stream, None if None in sizes else sum(sizes)), weights
+    return weights, None if None in sizes else sum(sizes)
 
 
-def _look_over(number, batch, kind, problem, weigh) -> tuple[Any, int | None]:
+def _look_over_batch(number, batch, kind, problem, weigh) -> tuple[Any, int | None]:
     "Sum of weights and number of samples of a batch; an error with its number if there are faults"
     try:
         faults, weights, size = _inspect_batch(_placed(batch), kind, problem, weigh)

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/tools/00_checks.ipynb #4b02b9d4
 import operator
-from numbers import Integral
 from typing import Any
 
 import jax
@@ -144,10 +143,11 @@ def check_integer(value: Any, name: str) -> int:
 def check_size(value: Any, name: str) -> int | None:
     "`value`, if it is None or a whole number ≥ 1; `TypeError` or `ValueError` otherwise"
     if value is None: return None
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: got {value!r}, expected a whole number or None")
-    if value < 1: raise ValueError(f"{name}: got {value}, expected at least 1")
-    return int(value)
+    try: size = None if isinstance(value, bool) else operator.index(value)
+    except TypeError: size = None
+    if size is None: raise TypeError(f"{name}: got {value!r}, expected a whole number or None")
+    if size < 1: raise ValueError(f"{name}: got {size}, expected at least 1")
+    return size
 
 # %% ../../nbs/tools/00_checks.ipynb #571b11da
 def check_flag(value: Any, name: str) -> bool:
