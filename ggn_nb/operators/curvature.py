@@ -23,7 +23,8 @@ from .layout import Layout, layout_of
 from ggn_nb.operators.operator import (
     Operator, bytes_of, register_operator, scale_tree, structure_of,
 )
-from .policies import Linearize, checkpoint_policy
+from .linearization import Trimmed, linearize_at, trimmed
+from .policies import Linearize
 from .samples import Samples, count_samples, number_samples
 from ..tools.arrays import register_pytree, sum_entries
 
@@ -61,8 +62,7 @@ class Problem:
 
     def linearize_at_params(self, fn: Callable) -> tuple[Any, Callable]:
         "`fn` at the parameters, and its derivative, with the intermediates that the policy stores"
-        policy = checkpoint_policy(self.linearize)
-        return jax.linearize(jax.checkpoint(fn, policy=policy, prevent_cse=False), self.params)
+        return linearize_at(self.params, fn, self.linearize)
 
     def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options) -> Any:
         "A method of the loss, for each sample or for all at once: as the model is called"
@@ -221,7 +221,10 @@ class Curvature(Operator):
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
     problem, samples = jax.lax.optimization_barrier((operator.problem, operator.samples))
-    return on_each_device(problem, type(operator).linearize)(problem, samples)
+    def linearize(problem, samples):
+        linearization = type(operator).linearize(problem, samples)
+        return trimmed(linearization, (problem, samples))
+    return on_each_device(problem, linearize)(problem, samples)
 
 
 def _multiply(operator: Curvature, vec: Any) -> Any:
@@ -242,8 +245,9 @@ def _multiply_from_scratch(operator: Curvature, vec: Any) -> Any:
 def _multiply_linearized(operator: Curvature, vec: Any) -> Any:
     kind, layout = type(operator), operator.problem.layout
     def multiply(whole, split):
-        (problem, vec), (linearization, samples) = whole, split
-        return kind.product(problem, layout.local_part(linearization), samples, vec)
+        (problem, vec), (stored, samples) = whole, split
+        linearization = layout.local_part(stored).filled((problem, samples))
+        return kind.product(problem, linearization, samples, vec)
     split = (operator.linearization, operator.samples)
     parts = on_each_device(operator.problem, multiply)((operator.problem, vec), split)
     return layout.sum_over_devices(parts)

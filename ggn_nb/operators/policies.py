@@ -17,21 +17,32 @@ def _worth_storing(primitive, *_, **__) -> bool:
     return primitive.name not in ("broadcast_in_dim", "iota")
 
 # %% ../../nbs/operators/10_policies.ipynb #4d9b67b0
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+_COMPARISONS = ("gt", "lt", "ge", "le", "eq", "ne")
+
+
 def _is_product(primitive, *_, **__) -> bool:
     "Checkpoint policy: the results of matrix products and convolutions"
-    return primitive.name in ("dot_general", "conv_general_dilated")
+    return primitive.name in _PRODUCTS
 
+
+def _is_summary(primitive, *_, **__) -> bool:
+    "Checkpoint policy: the same, and what is smaller than what it is made from"
+    return (primitive.name in _PRODUCTS + _COMPARISONS
+            or primitive.name.startswith(("reduce_", "arg")))
 
 # %% ../../nbs/operators/10_policies.ipynb #40f6982c
 Linearize = Literal["cached", "rematerialized", "recomputed"] | Callable[..., Any]
-_POLICIES: dict[str, Callable] = {
-    "cached": _worth_storing, "rematerialized": _is_product, "recomputed": _worth_storing,
+_POLICIES: dict[str, tuple[Callable, ...]] = {
+    "cached": (_worth_storing,),
+    "rematerialized": (_is_product, _is_summary, _worth_storing),
+    "recomputed": (_worth_storing,),
 }
 
 
-def checkpoint_policy(linearize: Linearize) -> Callable:
-    "The policy of `jax.checkpoint` that a name stands for; a policy as it is"
-    return linearize if callable(linearize) else _POLICIES[linearize]
+def checkpoint_policies(linearize: Linearize) -> tuple[Callable, ...]:
+    "The policies of `jax.checkpoint` to choose the smallest from: those of a name, or the one given"
+    return (linearize,) if callable(linearize) else _POLICIES[linearize]
 
 # %% ../../nbs/operators/10_policies.ipynb #33e91252
 def check_linearize(
