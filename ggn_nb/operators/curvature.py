@@ -23,7 +23,9 @@ from .layout import Layout, layout_of
 from ggn_nb.operators.operator import (
     Operator, bytes_of, register_operator, scale_tree, structure_of,
 )
-from .linearization import Trimmed, linearize_at, trimmed
+from ggn_nb.operators.linearization import (
+    explaining_model_errors, linearize_at, trimmed,
+)
 from .policies import Linearize
 from .samples import Samples, count_samples, number_samples
 from ..tools.arrays import register_pytree, sum_entries
@@ -274,6 +276,14 @@ def _inspect_chunk(kind, problem, samples, weigh) -> tuple[dict[str, jax.Array],
     return counts, jax.tree.map(jnp.sum, problem.call_loss("weight_sum", pred, samples))
 
 # %% ../../nbs/operators/12_curvature.ipynb #de49dd6f
+def trace_product(operator: Curvature) -> None:
+    "Raise `ValueError` where the model has no product. The first product runs what is traced here"
+    with explaining_model_errors():
+        if operator.problem.linearize != "recomputed":
+            operator = replace(operator, linearization=_linearize.eval_shape(operator))
+        jax.eval_shape(lambda A, v: A(v), operator, operator.structure)
+
+
 def on_samples(
     kind: type[Curvature],
     problem: Problem,
@@ -288,4 +298,5 @@ def on_samples(
     problem = replace(problem, layout=layout_of(problem.params, problem, split))
     faults, weights = inspect_samples(kind, problem, samples, weigh)
     raise_faults(faults)
+    trace_product(kind(problem, samples))
     return kind(problem, samples), weights

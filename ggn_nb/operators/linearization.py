@@ -76,10 +76,35 @@ def of_real_values(policy: Callable) -> Callable:
         return policy(primitive, *avals, **params)
     return stores_real
 
+# %% ../../nbs/operators/11_linearization.ipynb #d799d9dd
+@partial(register_pytree, data_fields=["rest"], meta_fields=["places", "structure"])
+@dataclass(frozen=True, eq=False)
+class Trimmed:
+    "A pytree without the arrays that its owner has. A pytree"
+
+    rest: list  # the other arrays, each once
+    places: tuple[int, ...]  # of each leaf, in the owner's leaves and the rest after them
+    structure: PyTreeDef
+
+    def filled(self, owned: Any) -> Any:
+        "The whole tree, with the arrays of the owner"
+        arrays = [*jax.tree.leaves(owned), *self.rest]
+        return self.structure.unflatten([arrays[place] for place in self.places])
+
+
+def trimmed(tree: Any, owned: Any) -> Trimmed:
+    "`tree` without the leaves of `owned`, by identity: under `jit`, the same traced value"
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = jax.tree.leaves(owned)
+    num_owned, place = len(arrays), {id(array): i for i, array in enumerate(arrays)}
+    for leaf in leaves:
+        if place.setdefault(id(leaf), len(arrays)) == len(arrays): arrays.append(leaf)
+    return Trimmed(arrays[num_owned:], tuple(place[id(leaf)] for leaf in leaves), structure)
+
 # %% ../../nbs/operators/11_linearization.ipynb #b6a05d73
 _BY_RULE = "operations of JAX, or a derivative that is given by jax.custom_jvp"
 _NOT_TRANSPOSED = (
-    "got {}, which is not a linear function that can be transposed",
+    "got a derivative with {}, which is not linear, or has no transpose",
     "a backward rule of jax.custom_vjp in linear operations of JAX, a derivative that is given by "
     "jax.custom_jvp, or for a differential equation a fixed number of steps by jax.lax.scan")
 _REFUSED = {  # what JAX says -> what came, and what was expected
@@ -125,7 +150,7 @@ def _transposed(fn: Callable, params: Any) -> tuple[Any, LinearFunction]:
     try: return result, linear_function(forwards, params)
     except Exception as error:
         with explaining_model_errors(): raise
-        raise _refusal("a derivative", _NOT_TRANSPOSED) from error
+        raise _refusal("its backward rule", _NOT_TRANSPOSED) from error
 
 # %% ../../nbs/operators/11_linearization.ipynb #3aa230cc
 def _by_policy(fn: Callable, program: ClosedJaxpr, linearize: Linearize) -> list[Callable]:
@@ -144,32 +169,6 @@ def linearize_at(
         program = jax.make_jaxpr(jax.checkpoint(fn))(params)  # traced for all that follows
         derive = _transposed if is_reverse_only(program) else _forward
         ways = [partial(derive, way, params) for way in _by_policy(fn, program, linearize)]
-        return ways[0]() if len(ways) == 1 else min(ways, key=_bytes_stored)()
-
-
-def _bytes_stored(way: Callable) -> int: return bytes_of(jax.eval_shape(way))
-
-# %% ../../nbs/operators/11_linearization.ipynb #d799d9dd
-@partial(register_pytree, data_fields=["rest"], meta_fields=["places", "structure"])
-@dataclass(frozen=True, eq=False)
-class Trimmed:
-    "A pytree without the arrays that its owner has. A pytree"
-
-    rest: list  # the other arrays, each once
-    places: tuple[int, ...]  # of each leaf, in the owner's leaves and the rest after them
-    structure: PyTreeDef
-
-    def filled(self, owned: Any) -> Any:
-        "The whole tree, with the arrays of the owner"
-        arrays = [*jax.tree.leaves(owned), *self.rest]
-        return self.structure.unflatten([arrays[place] for place in self.places])
-
-
-def trimmed(tree: Any, owned: Any) -> Trimmed:
-    "`tree` without the leaves of `owned`, by identity: under `jit`, the same traced value"
-    leaves, structure = jax.tree.flatten(tree)
-    arrays = jax.tree.leaves(owned)
-    num_owned, place = len(arrays), {id(array): i for i, array in enumerate(arrays)}
-    for leaf in leaves:
-        if place.setdefault(id(leaf), len(arrays)) == len(arrays): arrays.append(leaf)
-    return Trimmed(arrays[num_owned:], tuple(place[id(leaf)] for leaf in leaves), structure)
+        owned = params, program.consts
+        stored = lambda way: bytes_of(jax.eval_shape(lambda: trimmed(way(), owned)))
+        return (min(ways, key=stored) if len(ways) > 1 else ways[0])()
