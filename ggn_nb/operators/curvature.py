@@ -25,7 +25,10 @@ from .models import call_model
 from ggn_nb.operators.operator import (
     Operator, bytes_of, product, register_operator, scale_tree, structure_of,
 )
-from .policies import Linearize, checkpoint_policy
+from ggn_nb.operators.linearization import (
+    explaining_model_errors, linearize_at, trimmed,
+)
+from .policies import Linearize
 from ggn_nb.operators.samples import (
     Samples, cast_like, count_samples, counting_samples, harmless_inputs, number_samples, wide_dtype,
     widen,
@@ -85,8 +88,7 @@ class Problem:
 
     def linearize_at_params(self, fn: Callable) -> tuple[Any, Callable]:
         "`fn` at the parameters, and its derivative, with the intermediates that the policy stores"
-        policy = checkpoint_policy(self.linearize)
-        return jax.linearize(jax.checkpoint(fn, policy=policy, prevent_cse=False), widen(self.params))
+        return linearize_at(widen(self.params), fn, self.linearize)
 
     def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options) -> Any:
         "A method of the loss, for each sample or for all at once: as the model is called"
@@ -299,7 +301,10 @@ def _apart(tree: Any) -> Any:
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
     problem, samples = _apart((operator.problem, operator.samples))
-    return on_each_device(problem, type(operator).linearize)(problem, samples)
+    def linearize(problem, samples):
+        linearization = type(operator).linearize(problem, samples)
+        return trimmed(linearization, (problem, samples))
+    return on_each_device(problem, linearize)(problem, samples)
 
 
 def _multiply(operator: Curvature, vec: Any) -> Any:
@@ -328,8 +333,9 @@ def _sum_from_scratch(operator: Curvature, vec: Any) -> Any:
 def _sum_linearized(operator: Curvature, vec: Any) -> Any:
     kind, layout = type(operator), operator.problem.layout
     def multiply(whole, split):
-        (problem, vec), (linearization, samples) = whole, split
-        return kind.product(problem, layout.local_part(linearization), samples, vec)
+        (problem, vec), (stored, samples) = whole, split
+        linearization = layout.local_part(stored).filled((problem, samples))
+        return kind.product(problem, linearization, samples, vec)
     split = (operator.linearization, operator.samples)
     parts = on_each_device(operator.problem, multiply)((operator.problem, vec), split)
     return layout.sum_over_devices(parts)
@@ -358,6 +364,10 @@ def _inspect_chunk(kind, problem, samples, weigh) -> tuple[dict[str, jax.Array],
 # %% ../../nbs/operators/12_curvature.ipynb #c5a20003
 def check_product(operator: Curvature) -> None:
     "Raise `ValueError` where JAX has no product for the model: shapes alone are evaluated"
+    with explaining_model_errors(): _trace_product(operator)
+
+
+def _trace_product(operator: Curvature) -> None:
     if operator.problem.linearize != "recomputed":
         operator = operator._with_linearization(_linearize.eval_shape(operator))
     product.eval_shape(operator, operator.structure)
