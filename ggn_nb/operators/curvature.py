@@ -91,8 +91,8 @@ def _sum_leaves(tree: Any) -> jax.Array:
 # %% ../../nbs/operators/12_curvature.ipynb #9790b090
 def on_each_device(problem: Problem, fn: Callable) -> Callable:
     "`fn(whole, split)` on each device, for its own part of `split`"
-    in_loops_on_cpu = problem.batch_size is not None and jax.default_backend() == "cpu"
-    return problem.layout.on_each_device(channels_last(fn) if in_loops_on_cpu else fn)
+    on_cpu = jax.default_backend() == "cpu"
+    return problem.layout.on_each_device(channels_last(fn) if on_cpu else fn)
 
 
 def sum_over_samples(problem: Problem, fn: Callable, whole: Any, samples: Samples) -> Any:
