@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ggn_nb.operators.samples import add_to, cast_like, wide_dtype, zeros_to_add_to
+from ggn_nb.operators.samples import add_to, cast_like, zeros_to_add_to
 
 # %% ../../nbs/operators/04_chunks.ipynb #81e31021
 class ChunkSizes(NamedTuple):
@@ -89,14 +89,13 @@ def sum_over_chunks(
     return cast_like(total, like)
 
 # %% ../../nbs/operators/04_chunks.ipynb #c4a1000a
-def _check_rows(pred: Any, data: Any) -> Any:
+def check_rows(pred: Any, data: Any) -> Any:
     "`pred`, if each of its leaves has a row for each sample; `ValueError` otherwise"
     rows = _num_rows(data)
     for leaf in jax.tree.leaves(pred):
         if leaf.shape[:1] != (rows,):
             raise ValueError(f"model_fn: got a prediction of shape {leaf.shape} for {rows} "
-                             "samples, expected a row for each, to keep the linearisation of each "
-                             "batch")
+                             "samples, expected a row for each, to take them in batches")
     return pred
 
 # %% ../../nbs/operators/04_chunks.ipynb #54c7ce93
@@ -111,12 +110,11 @@ def map_over_chunks(
     params: Any,  # pytree of floating-point arrays
     data: Any,  # pytree whose leaves have a leading axis of samples
     batch_size: int | None,  # at most so many samples at once
-) -> Any:  # as `fn(params, data)` returns it; its derivative in `params` sums in float32 or better
+) -> Any:  # as `fn(params, data)` returns it; its derivative sums in the dtypes of `params`
     "`fn(params, chunk)` for each chunk of the data in turn, with rows in the order of the samples"
     if _is_one_chunk(data, batch_size): return fn(params, data)
     sizes = chunk_sizes(_num_rows(data), batch_size)
-    wide = jax.tree.map(lambda p: p.astype(wide_dtype(p.dtype)), params)
-    result_of = lambda chunk: _check_rows(fn(cast_like(wide, params), chunk), chunk)
+    result_of = lambda chunk: check_rows(fn(params, chunk), chunk)
     stacked = lax.map(lambda i: result_of(_take_chunk(data, i, sizes)), jnp.arange(sizes.count))
     results = jax.tree.map(partial(_in_order, sizes=sizes), stacked)
     if not sizes.rest: return results

@@ -162,14 +162,23 @@ def _check_scale(scale: _Scale) -> None:
                          "a mean divides by the sum of the weights")
 
 # %% ../../nbs/operators/14_creation.ipynb #42a8a45e
-def _factor_of(scale: _Scale, num_samples: int, weights: Any) -> Any:
-    "The factor: one number, or for a mean one for each head of the prediction"
+def _factor_of(scale: _Scale, num_samples: int, weights: Any) -> tuple[jax.Array, Any]:
+    "The factor, and for a mean over several heads the scale of each; else None"
+    total = scale.num_total_samples
     if scale.reduction == "mean":
         _check_that_something_counts(weights)
-        total = 1 if scale.num_total_samples is None else scale.num_total_samples
-        return jax.tree.map(lambda weight: _ratio(total, weight), weights)
+        return _mean_factor(1 if total is None else total, weights)
+    if total is None: return _ratio(1, 1), None
     curv = num_samples if scale.num_curv_samples is None else scale.num_curv_samples
-    return _ratio(curv if scale.num_total_samples is None else scale.num_total_samples, curv)
+    return _ratio(total, curv), None
+
+
+def _mean_factor(total: Any, weights: Any) -> tuple[jax.Array, Any]:
+    "total / the geometric mean of the heads' weights, and for several heads the rest of each"
+    heads = jax.tree.leaves(weights)
+    if len(heads) == 1: return _ratio(total, heads[0]), None
+    middle = jnp.exp(jnp.mean(jnp.log(jnp.stack(heads))))
+    return _ratio(total, middle), jax.tree.map(lambda weight: middle / weight, weights)
 
 
 def _ratio(total: Any, by: Any) -> jax.Array:
@@ -214,15 +223,17 @@ def create_operator(
     num_samples = _count_in_memory(source, scale)
     operator, weights = _on_data(kind, problem, source, weigh=reduction == "mean")
     if isinstance(operator, Streamed): num_samples = operator.num_samples
-    factor = _factor_of(scale, num_samples, weights)
-    operator = replace(operator, problem=replace(operator.problem, factor=factor))
+    factor, scales = _factor_of(scale, num_samples, weights)
+    problem = replace(operator.problem, factor=factor, head_scales=scales)
+    operator = replace(operator, problem=problem)
     return operator if linearize == "recomputed" else operator.linearized()
 
 
 def _count_in_memory(source: Samples | Stream, scale: _Scale) -> int:
     "The number of samples, where the factor depends on it and it is known without a pass; else 0"
-    needed = scale.reduction == "sum" and scale.num_curv_samples is None
-    return count_samples(source) if needed and isinstance(source, Samples) else 0
+    needed = scale.num_total_samples is not None and scale.num_curv_samples is None
+    in_memory = isinstance(source, Samples)
+    return count_samples(source) if needed and in_memory and scale.reduction == "sum" else 0
 
 # %% ../../nbs/operators/14_creation.ipynb #2a90144b
 Function = TypeVar("Function", bound=Callable)

@@ -8,27 +8,35 @@ __all__ = ['Curvature']
 # %% ../../nbs/operators/12_curvature.ipynb #35d9db5f
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..losses.loss import Loss
 from ..losses.weights import raise_faults
-from .chunks import map_over_chunks, sum_over_chunks
+from .chunks import check_rows, map_over_chunks, sum_over_chunks
 from .convolutions import channels_last
 from .layout import Layout, layout_of
 from ggn_nb.operators.operator import (
-    Operator, bytes_of, register_operator, scale_tree, structure_of,
+    Operator, bytes_of, product, register_operator, scale_tree, structure_of,
 )
 from .policies import Linearize, checkpoint_policy
-from .samples import Samples, count_samples, number_samples
-from ..tools.arrays import register_pytree, sum_entries
+from ggn_nb.operators.samples import (
+    Samples, cast_like, count_samples, counting_samples, harmless_inputs, number_samples, wide_dtype,
+    widen,
+)
+from ..tools.arrays import as_array, register_pytree, sum_entries
+from ..tools.checks import check_like
 
 # %% ../../nbs/operators/12_curvature.ipynb #71f6d851
-@partial(register_pytree, data_fields=["model_fn", "params", "loss", "factor"],
+_IN_HALF_PRECISION = 256  # samples whose sum the compiler may take in half precision
+
+
+@partial(register_pytree, data_fields=["model_fn", "params", "loss", "factor", "head_scales"],
          meta_fields=["vmap_over_data", "batch_size", "linearize", "layout"])
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem:
@@ -37,11 +45,12 @@ class Problem:
     model_fn: Callable  # called as model_fn(input=x, params=params)
     params: Any  # pytree of floating-point arrays
     loss: Loss
-    factor: Any  # scalar, or one for each head of the prediction
+    factor: Any  # scalar that multiplies the sum over all samples
     vmap_over_data: bool  # True: the model is called once a sample; False: once, with everything
     batch_size: int | None = None  # samples that are taken at once; None: all
     linearize: Linearize = "recomputed"  # what is stored between products
     layout: Layout | None = None  # on which devices; known when there are samples
+    head_scales: Any = None  # scalars that multiply each head's summands; None: all are 1
 
     @property
     def num_params(self) -> int: return sum(p.size for p in jax.tree.leaves(self.params))
@@ -49,20 +58,27 @@ class Problem:
     @property
     def samples_at_once(self) -> int | None:
         "How many samples each device takes at once; None: all"
-        if self.batch_size is None: return None
+        if self.batch_size is None: return _IN_HALF_PRECISION if self._adds_in_half else None
         num_devices = self.layout.num_devices if self.layout else 1
         return max(1, self.batch_size // num_devices)
 
+    @property
+    def _adds_in_half(self) -> bool:
+        "Would a sum over all samples be taken in half precision?"
+        narrow = [p.dtype != wide_dtype(p.dtype) for p in jax.tree.leaves(self.params)]
+        return self.vmap_over_data and any(narrow)
+
     def predict(self, inputs: Any) -> Callable:
-        "params -> predictions for all samples, in chunks where there is a `batch_size`"
-        one = lambda params, x: self.model_fn(input=x, params=params)
+        "params, in float32 or better -> predictions for all samples, chunk by chunk"
+        def one(params, x):
+            return self.model_fn(input=x, params=cast_like(params, self.params))
         all_at_once = jax.vmap(one, in_axes=(None, 0)) if self.vmap_over_data else one
         return lambda params: map_over_chunks(all_at_once, params, inputs, self.samples_at_once)
 
     def linearize_at_params(self, fn: Callable) -> tuple[Any, Callable]:
         "`fn` at the parameters, and its derivative, with the intermediates that the policy stores"
         policy = checkpoint_policy(self.linearize)
-        return jax.linearize(jax.checkpoint(fn, policy=policy, prevent_cse=False), self.params)
+        return jax.linearize(jax.checkpoint(fn, policy=policy, prevent_cse=False), widen(self.params))
 
     def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options) -> Any:
         "A method of the loss, for each sample or for all at once: as the model is called"
@@ -73,15 +89,21 @@ class Problem:
         call = jax.vmap(call) if self.vmap_over_data else call
         return call(vectors, pred, samples._replace(input=None))
 
-    def times_factor(self, tree: Any) -> Any:
-        "factor · tree, shaped like a prediction, each leaf in its own dtype"
-        return jax.tree.map(scale_tree, self.factor, tree)
+    def scale_heads(self, tree: Any) -> Any:
+        "Each head of `tree`, shaped like a prediction, times its scale, in its own dtype"
+        return tree if self.head_scales is None else jax.tree.map(scale_tree, self.head_scales, tree)
+
+    def times_factor(self, total: Any) -> Any:
+        "factor · total, a sum over all samples, in the dtypes of the parameters"
+        scale = lambda t, p: (self.factor.astype(t.dtype) * t).astype(p.dtype)
+        return jax.tree.map(scale, total, self.params)
 
     def weighted_loss(self, pred: Any, samples: Samples) -> jax.Array:
         "factor · Σ w ℓ, one number"
         values = self.call_loss("value", pred, samples)
-        heads = jax.tree.map(lambda c, head: c * _sum_leaves(head), self.factor, values)
-        return sum(jax.tree.leaves(heads))
+        scales = 1.0 if self.head_scales is None else self.head_scales
+        heads = jax.tree.map(lambda c, head: c * _sum_leaves(head), scales, values)
+        return self.factor * sum(jax.tree.leaves(heads))
 
 
 def _sum_leaves(tree: Any) -> jax.Array:
@@ -113,7 +135,9 @@ class Curvature(Operator):
 
     - `problem`: model, parameters, loss, factor and policy.
     - `samples`: the data, as `Samples`.
-    - `linearization`: what was computed at the parameters; None: computed in each product.
+
+    `linearization` is what was computed at the parameters; None: computed in each product. It is no
+    argument, so that `dataclasses.replace` leaves none behind that belongs to other parameters.
 
     Example:
 
@@ -128,7 +152,7 @@ class Curvature(Operator):
 
     problem: Problem
     samples: Samples
-    linearization: Any = None
+    linearization: Any = field(default=None, init=False)
 
     reads_target: ClassVar[bool] = False
     """Does the matrix need the target where the loss's Hessian does not?"""
@@ -147,11 +171,15 @@ class Curvature(Operator):
     @staticmethod
     @abstractmethod
     def product(problem: Problem, linearization: Any, samples: Samples, vec: Any) -> Any:
-        """The product summed over these samples, with their weights and the factor.
+        """The sum of the products over these samples, with their weights, without the factor.
+
+        Arguments:
+
+        - `vec`: a tree like the parameters, in float32 or better.
 
         Returns:
 
-        A tree like the parameters.
+        A tree like `vec`.
         """
 
     @staticmethod
@@ -202,7 +230,40 @@ class Curvature(Operator):
 
     def linearized(self) -> "Curvature":
         """The same operator with its linearisation stored, by its policy."""
-        return replace(self, linearization=_linearize(self))
+        return self._with_linearization(_linearize(self))
+
+    def at(self, params: Any) -> "Curvature":
+        """The same operator at other parameters: what is stored is computed anew for them.
+
+        Nothing is compiled.
+
+        Arguments:
+
+        - `params`: a tree like the parameters.
+
+        Returns:
+
+        An operator of the same kind.
+
+        Raises:
+
+        - `ValueError`, `TypeError`: the tree's structure, a shape or a dtype is another.
+        """
+        check_like(params, self.structure, "params", "the operator's parameters")
+        problem = replace(self.problem, params=jax.tree.map(as_array, params))
+        moved = replace(self, problem=problem)
+        return moved if self.linearization is None else moved.linearized()
+
+    def _with_linearization(self, linearization: Any) -> "Curvature":
+        "The same operator with a linearisation at its parameters"
+        operator = replace(self)
+        object.__setattr__(operator, "linearization", linearization)
+        return operator
+
+    def __reduce__(self) -> tuple:
+        "How `pickle` and `copy` make the operator anew: without what it stores, which is recomputed"
+        made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        return _made_anew, (type(self), made_of, self.linearization is not None)
 
     def __repr__(self) -> str:
         return (f"{type(self).__name__}({self.problem.num_params:,} parameters, "
@@ -217,21 +278,40 @@ class Curvature(Operator):
         return policy if isinstance(policy, str) else "cached by a policy"
 
 # %% ../../nbs/operators/12_curvature.ipynb #1a5c140b
+def _made_anew(kind: type, made_of: dict, linearized: bool) -> Curvature:
+    "An operator from its fields, with its linearisation computed if it had one"
+    operator = kind(**made_of)
+    return operator.linearized() if linearized else operator
+
+
+def _apart(tree: Any) -> Any:
+    "`tree`, as arrays that the compiler does not compute with while it compiles"
+    return jax.tree.map(jax.lax.optimization_barrier, tree)
+
+
 @jax.jit
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
-    problem, samples = jax.lax.optimization_barrier((operator.problem, operator.samples))
+    problem, samples = _apart((operator.problem, operator.samples))
     return on_each_device(problem, type(operator).linearize)(problem, samples)
 
 
 def _multiply(operator: Curvature, vec: Any) -> Any:
-    "The product, from the stored linearisation or from scratch"
-    operator = jax.lax.optimization_barrier(operator)
+    "factor · Σ w A vec"
+    return operator.problem.times_factor(sum_products(operator, vec))
+
+# %% ../../nbs/operators/12_curvature.ipynb #c5a20001
+def sum_products(operator: Curvature, vec: Any) -> Any:
+    "Σ w A vec over all samples, in float32 or better; zero where all of them are masked"
+    operator, vec = _apart(operator), widen(vec)
     from_scratch = operator.linearization is None
-    return (_multiply_from_scratch if from_scratch else _multiply_linearized)(operator, vec)
+    total = (_sum_from_scratch if from_scratch else _sum_linearized)(operator, vec)
+    unmasked = counting_samples(operator.samples._replace(weight=None))
+    if unmasked is None or not operator.problem.vmap_over_data: return total
+    return jax.tree.map(lambda t: jnp.where(jnp.any(unmasked), t, 0), total)
 
 
-def _multiply_from_scratch(operator: Curvature, vec: Any) -> Any:
+def _sum_from_scratch(operator: Curvature, vec: Any) -> Any:
     kind, problem = type(operator), operator.problem
     def multiply(whole, samples):
         problem, vec = whole
@@ -239,7 +319,7 @@ def _multiply_from_scratch(operator: Curvature, vec: Any) -> Any:
     return sum_over_samples(problem, multiply, (problem, vec), operator.samples)
 
 
-def _multiply_linearized(operator: Curvature, vec: Any) -> Any:
+def _sum_linearized(operator: Curvature, vec: Any) -> Any:
     kind, layout = type(operator), operator.problem.layout
     def multiply(whole, split):
         (problem, vec), (linearization, samples) = whole, split
@@ -269,6 +349,82 @@ def _inspect_chunk(kind, problem, samples, weigh) -> tuple[dict[str, jax.Array],
     if not weigh: return counts, None
     return counts, jax.tree.map(jnp.sum, problem.call_loss("weight_sum", pred, samples))
 
+# %% ../../nbs/operators/12_curvature.ipynb #c5a20003
+def check_product(operator: Curvature) -> None:
+    "Raise `ValueError` where JAX has no product for the model: shapes alone are evaluated"
+    if operator.problem.linearize != "recomputed":
+        operator = operator._with_linearization(_linearize.eval_shape(operator))
+    product.eval_shape(operator, operator.structure)
+
+# %% ../../nbs/operators/12_curvature.ipynb #c5a20005
+def _check_chunks(operator: Curvature) -> None:
+    "Raise `ValueError` where chunks of samples that are seen together would change the number"
+    problem, at_once = operator.problem, operator.problem.samples_at_once
+    if problem.vmap_over_data or at_once is None: return
+    num_samples = count_samples(operator.samples)
+    if at_once >= num_samples: return
+    together = max(2, min(at_once, num_samples))
+    rows = np.linspace(0, num_samples - 1, together).astype(np.int32)
+    raise_faults(_depends_on_others(operator, rows))
+
+
+@jax.jit
+def _depends_on_others(operator: Curvature, rows: jax.Array) -> dict[str, jax.Array]:
+    "Do the results for some samples depend on which others are there? message -> is it so?"
+    kind, problem = type(operator), replace(operator.problem, batch_size=None)
+    half = len(rows) // 2
+    first = lambda tree: jax.tree.map(lambda leaf: leaf[:half], tree)
+    samples = jax.tree.map(lambda leaf: leaf[rows], operator.samples)
+    predict = lambda x: check_rows(problem.predict(x)(problem.params), x)
+    pred = predict(samples.input)
+    faults = {_coupled("model_fn"): _differ(first(pred), predict(first(samples.input)))}
+    if problem.linearize != "recomputed": return faults
+    term = partial(kind.loss_term, problem)
+    alone = term(first(pred), first(samples))
+    return faults | {_coupled("loss_fn"): _differ(first(term(pred, samples)), alone)}
+
+
+def _coupled(name: str) -> str:
+    return (f"batch_size: {name} gives a sample another result beside other samples, as batch "
+            "normalisation or a mean over the batch do. Expected batch_size=None with "
+            "vmap_over_data=False, or a Stream, whose batches are each taken by itself")
+
+
+def _differ(a: Any, b: Any) -> jax.Array:
+    "Do two trees differ by more than rounding?"
+    def differs(a, b):
+        tolerance = jnp.sqrt(jnp.finfo(a.dtype).eps) * jnp.max(jnp.abs(b), initial=0)
+        return jnp.any(jnp.abs(a - b) > tolerance)
+    return jnp.any(jnp.array([False, *jax.tree.leaves(jax.tree.map(differs, a, b))]))
+
+# %% ../../nbs/operators/12_curvature.ipynb #c5a2000d
+def _without_blank_inputs(samples: Samples) -> Samples:
+    "`samples`, with the inputs of those that do not count replaced by one that does"
+    if counting_samples(samples) is None: return samples
+    weights = jax.tree.leaves(samples.weight)
+    traced = any(isinstance(weight, jax.core.Tracer) for weight in weights)
+    return (_replace_if_not_finite if traced else _replace_if_blank)(samples)
+
+
+@jax.jit
+def _replace_if_blank(samples: Samples) -> Samples:
+    return harmless_inputs(samples, counting_samples(samples))
+
+
+@jax.jit
+def _replace_if_not_finite(samples: Samples) -> Samples:
+    "Those that are masked, and those that have weight 0 and an input that is not finite"
+    unmasked = counting_samples(samples._replace(weight=None))
+    harmless = counting_samples(samples) | _all_finite(samples.input)
+    return harmless_inputs(samples, harmless if unmasked is None else harmless & unmasked)
+
+
+def _all_finite(inputs: Any) -> jax.Array:
+    "For each sample: are all of its floating-point numbers finite?"
+    floating = [leaf for leaf in jax.tree.leaves(inputs) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    rows = [jnp.all(jnp.isfinite(leaf).reshape(len(leaf), -1), axis=1) for leaf in floating]
+    return jnp.all(jnp.stack(rows), axis=0) if rows else jnp.array(True)
+
 # %% ../../nbs/operators/12_curvature.ipynb #de49dd6f
 def on_samples(
     kind: type[Curvature],
@@ -277,11 +433,20 @@ def on_samples(
     weigh: bool,  # is the sum of the weights wanted?
 ) -> tuple[Curvature, Any]:  # the operator; the sum of the weights for each head, or None
     "The operator of a problem on samples that were looked over; nothing is stored"
-    if problem.vmap_over_data or problem.batch_size is not None or problem.loss.indexed:
-        count_samples(samples, Samples._fields)  # raises unless there is one leading axis
-    if problem.loss.indexed: samples = number_samples(samples)
+    samples = _read_rows(problem, samples)
     split = samples if problem.vmap_over_data else None
     problem = replace(problem, layout=layout_of(problem.params, problem, split))
     faults, weights = inspect_samples(kind, problem, samples, weigh)
     raise_faults(faults)
-    return kind(problem, samples), weights
+    if problem.vmap_over_data: samples = _without_blank_inputs(samples)
+    operator = kind(problem, samples)
+    check_product(operator)
+    _check_chunks(operator)
+    return operator, weights
+
+
+def _read_rows(problem: Problem, samples: Samples) -> Samples:
+    "`samples`, numbered if the loss wants it; `ValueError` unless there is one leading axis"
+    if problem.vmap_over_data or problem.batch_size is not None or problem.loss.indexed:
+        count_samples(samples, Samples._fields)
+    return number_samples(samples) if problem.loss.indexed else samples

@@ -53,7 +53,8 @@ class GGN(Curvature):
 
     - `problem`: model, parameters, loss, factor and policy.
     - `samples`: the data, as `Samples`.
-    - `linearization`: the prediction and v → J v; None: computed in each product.
+
+    `linearization` is the prediction and v → J v; None: computed in each product.
     """
 
     symbol: ClassVar[str] = "G"
@@ -66,10 +67,10 @@ class GGN(Curvature):
 
     @staticmethod
     def product(problem: Problem, linearization: tuple, samples: Samples, vec: Any) -> Any:
-        """factor · Jᵀ H J vec."""
+        """Jᵀ H J vec."""
         pred, jvp = linearization
         def times_hessian(jv):
-            return problem.times_factor(_hessian_product(problem, jv, pred, samples))
+            return problem.scale_heads(_hessian_product(problem, jv, pred, samples))
         return jax.linear_transpose(jvp, vec)(_stored(times_hessian)(jvp(vec)))[0]
 
     @staticmethod
@@ -112,7 +113,7 @@ def _dense_hessian_of_loss(problem, samples, pred, unravel) -> jax.Array:
     total = lambda f: problem.weighted_loss(unravel(f), samples)
     if problem.loss.is_hessian and _has_value(total, pred): return jax.hessian(total)(pred)
     product = lambda u: problem.call_loss("hessian_mv", unravel(pred), samples, unravel(u))
-    column = lambda u: ravel_pytree(problem.times_factor(product(u)))[0]
+    column = lambda u: problem.factor * ravel_pytree(problem.scale_heads(product(u)))[0]
     return jax.vmap(column)(jnp.eye(pred.size, dtype=pred.dtype)).T
 
 

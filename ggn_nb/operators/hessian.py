@@ -35,7 +35,8 @@ class Hessian(Curvature):
 
     - `problem`: model, parameters, loss, factor and policy.
     - `samples`: the data, as `Samples`.
-    - `linearization`: v → factor · ∇²L v; None: computed in each product.
+
+    `linearization` is v → ∇²L v; None: computed in each product.
     """
 
     symbol: ClassVar[str] = "H"
@@ -44,16 +45,16 @@ class Hessian(Curvature):
 
     @staticmethod
     def linearize(problem: Problem, samples: Samples) -> Callable:
-        """v → factor · ∇²L v: the derivative of the gradient."""
+        """v → ∇²L v: the derivative of the gradient."""
         predict = problem.predict(samples.input)
         def gradient(params):
             pred, vjp = jax.vjp(predict, params)
-            return vjp(problem.times_factor(Hessian.loss_term(problem, pred, samples)))[0]
+            return vjp(problem.scale_heads(Hessian.loss_term(problem, pred, samples)))[0]
         return problem.linearize_at_params(gradient)[1]
 
     @staticmethod
     def product(problem: Problem, linearization: Callable, samples: Samples, vec: Any) -> Any:
-        """factor · ∇²L vec."""
+        """∇²L vec."""
         return linearization(vec)
 
     @staticmethod

@@ -168,3 +168,23 @@ def add_to(total: Any, value: Any) -> Any:
 def cast_like(tree: Any, like: Any) -> Any:
     "`tree`, with the dtypes of `like`"
     return jax.tree.map(lambda leaf, other: leaf.astype(other.dtype), tree, like)
+
+
+def widen(tree: Any) -> Any:
+    "`tree`, with floating-point numbers in float32 or better"
+    return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf.dtype)), tree)
+
+# %% ../../nbs/operators/00_samples.ipynb #tempdata1
+def counting_samples(samples: Samples) -> jax.Array | None:
+    "Does the sample count? For each; None where all do, having neither mask nor weight"
+    if samples.weight is None and samples.mask is None: return None
+    rows = lambda leaf: jnp.any(leaf.reshape(len(leaf), -1).astype(bool), axis=1)
+    heads = [rows(leaf) for leaf in jax.tree.leaves((samples.weight, samples.mask))]
+    return heads[0]
+
+
+def harmless_inputs(samples: Samples, counts: jax.Array) -> Samples:
+    "TEMP"
+    first = jnp.argmax(counts)
+    fix = lambda leaf: jnp.where(counts.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, leaf[first][None])
+    return samples._replace(input=jax.tree.map(fix, samples.input))

@@ -71,8 +71,10 @@ def register_pytree(
         return tuple(zip(keys, values(x, data_fields))), values(x, meta_fields)
 
     def unflatten(meta, data):
-        fields = zip((*data_fields, *meta_fields), (*data, *meta), strict=True)
-        return cls(**dict(fields))
+        x = object.__new__(cls)  # as it was: nothing is checked or converted again
+        for name, value in zip((*data_fields, *meta_fields), (*data, *meta), strict=True):
+            object.__setattr__(x, name, value)
+        return x
 
     register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
