@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggn_nb.tools.arrays import as_array, working_dtype
+from ggn_nb.tools.arrays import as_array, vary_over, varying_axes, working_dtype
 
 # %% ../../nbs/operators/00_samples.ipynb #37357f86
 class Samples(NamedTuple):
@@ -157,7 +157,8 @@ def wide_dtype(dtype: Any) -> np.dtype:
 
 def zeros_to_add_to(like: Any) -> Any:
     "Zeros of the shapes in `like`, a tree of arrays or of shapes and dtypes"
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf.dtype)), like)
+    zeros = lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf.dtype))
+    return jax.tree.map(lambda leaf: vary_over(varying_axes(leaf), zeros(leaf)), like)
 
 
 def add_to(total: Any, value: Any) -> Any:
