@@ -6,14 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/operators/05_convolutions.ipynb #4e0a3577
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 # %% ../../nbs/operators/05_convolutions.ipynb #d17385da
 def _channels_last_order(spec: tuple) -> tuple:
@@ -70,7 +70,8 @@ def _evaluate(program: Jaxpr, consts: list, *args: Any) -> list:
     values = dict(zip(variables, [*consts, *args], strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in program.eqns:
-        with eqn.ctx.manager: results = _apply(eqn, *map(read, eqn.invars))
+        with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
+            results = _apply(eqn, *map(read, eqn.invars))
         values.update(zip(eqn.outvars, results, strict=True))
     return list(map(read, program.outvars))
 
@@ -87,10 +88,14 @@ def _apply(eqn: JaxprEqn, *args: Any) -> list:
 def _rewrite(value: Any) -> Any:
     "A parameter of an equation, with the convolutions in its programs rearranged"
     if not any(map(_convolves, _programs_in(value))): return value
-    if isinstance(value, tuple | list): return type(value)(map(_rewrite, value))
+    if isinstance(value, tuple | list): return _rebuild(value, map(_rewrite, value))
     if not isinstance(value, ClosedJaxpr): return _rewrite(ClosedJaxpr(value, ())).jaxpr
-    evaluate = partial(_evaluate, value.jaxpr, value.consts)
-    return jax.make_jaxpr(evaluate)(*value.in_avals)
+    return jax.make_jaxpr(_rearranged(value))(*value.in_avals)
+
+
+def _rebuild(like: tuple | list, entries: Iterable) -> tuple | list:
+    "A tuple, a named tuple or a list of these entries"
+    return getattr(like, "_make", type(like))(entries)
 
 
 def _bind_params(primitive: Any, params: dict) -> tuple:
@@ -105,6 +110,11 @@ def channels_last(
     "`fn`, with all its convolutions rearranged so that they are fast in a loop on a CPU"
     def rearranged(*args):
         program, result = jax.make_jaxpr(fn, return_shape=True)(*args)
-        leaves = _evaluate(program.jaxpr, program.consts, *jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(result), leaves)
+        apply = (_rearranged if _convolves(program) else jaxpr_as_fun)(program)
+        return jax.tree.unflatten(jax.tree.structure(result), apply(*jax.tree.leaves(args)))
     return rearranged
+
+
+def _rearranged(program: ClosedJaxpr) -> Callable:
+    "A closed program as a function, with its convolutions rearranged"
+    return partial(_evaluate, program.jaxpr, program.consts)

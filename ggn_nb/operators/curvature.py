@@ -23,7 +23,7 @@ from .convolutions import channels_last
 from .layout import Layout, layout_of
 from .models import call_model
 from ggn_nb.operators.operator import (
-    Operator, bytes_of, product, register_operator, scale_tree, structure_of,
+    Operator, bytes_of, on_this_shard, product, register_operator, scale_tree, structure_of,
 )
 from ggn_nb.operators.linearization import (
     explaining_model_errors, linearize_at, trimmed,
@@ -33,7 +33,9 @@ from ggn_nb.operators.samples import (
     Samples, cast_like, count_samples, counting_samples, harmless_inputs, number_samples, wide_dtype,
     widen,
 )
-from ..tools.arrays import as_array, register_pytree, sum_entries
+from ggn_nb.tools.arrays import (
+    as_array, register_pytree, sum_entries, vary_over, varying_axes,
+)
 from ..tools.checks import check_like
 from ..tools.functions import with_whole_functions
 from ..tools.programs import program
@@ -123,8 +125,8 @@ def _sum_leaves(tree: Any) -> jax.Array:
 # %% ../../nbs/operators/12_curvature.ipynb #9790b090
 def on_each_device(problem: Problem, fn: Callable) -> Callable:
     "`fn(whole, split)` on each device, for its own part of `split`"
-    in_loops_on_cpu = problem.batch_size is not None and jax.default_backend() == "cpu"
-    return problem.layout.on_each_device(channels_last(fn) if in_loops_on_cpu else fn)
+    on_cpu = jax.default_backend() == "cpu"
+    return problem.layout.on_each_device(channels_last(fn) if on_cpu else fn)
 
 
 def sum_over_samples(problem: Problem, fn: Callable, whole: Any, samples: Samples) -> Any:
@@ -222,8 +224,9 @@ class Curvature(Operator):
         Where nothing is stored and all samples are taken at once, the model is linearised once
         for all vectors.
         """
-        once = self.linearization is None and self.problem.batch_size is None
-        operator = self.linearized() if once else self
+        operator, vecs = on_this_shard(self, vecs)
+        once = operator.linearization is None and operator.problem.batch_size is None
+        if once: operator = operator.linearized()
         return Operator.matmat(operator, vecs, vector_batch_size=vector_batch_size)
 
     def bytes_per_vector(self) -> int:
@@ -240,7 +243,8 @@ class Curvature(Operator):
 
     def linearized(self) -> "Curvature":
         """The same operator with its linearisation stored, by its policy."""
-        return self._with_linearization(_linearize(self))
+        operator, _ = on_this_shard(self)
+        return operator._with_linearization(_linearize(operator))
 
     def at(self, params: Any) -> "Curvature":
         """The same operator at other parameters: what is stored is computed anew for them.
@@ -261,6 +265,13 @@ class Curvature(Operator):
         """
         moved = replace(self, problem=self.problem.at(params))
         return moved if self.linearization is None else moved.linearized()
+
+    def _in_shard_map(self, axes: frozenset[str]) -> "Curvature":
+        "The same; what is stored is left out where it was computed for another set of axes"
+        problem, known = self.problem, varying_axes((self.problem, self.samples))
+        fits = not problem.layout.axes and axes <= known
+        local = replace(self, problem=replace(problem, layout=problem.layout.in_shard_map()))
+        return vary_over(axes, local)._with_linearization(self.linearization if fits else None)
 
     def _with_linearization(self, linearization: Any) -> "Curvature":
         "The same operator with a linearisation at its parameters"

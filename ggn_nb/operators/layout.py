@@ -29,6 +29,10 @@ class Layout:
         "Among how many devices the samples are shared out"
         return prod(self.mesh.shape[axis] for axis in self.axes)
 
+    def in_shard_map(self) -> "Layout":
+        "That of one device's part, in a function that the caller maps by `jax.shard_map`"
+        return Layout((None,) * len(self.params))
+
     def like_params(self, tree: Any, leading_axes: int = 0) -> Any:
         "`tree`, like the parameters but for some axes in front, sharded like them"
         def constrain(leaf, sharding):

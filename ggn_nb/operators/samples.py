@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggn_nb.losses.weights import spread
-from ggn_nb.tools.arrays import as_array, working_dtype
+from ggn_nb.tools.arrays import as_array, vary_over, varying_axes, working_dtype
 
 # %% ../../nbs/operators/00_samples.ipynb #0a5e64c1
 try:
@@ -213,7 +213,8 @@ def wide_dtype(dtype: Any) -> np.dtype:
 
 def zeros_to_add_to(like: Any) -> Any:
     "Zeros of the shapes in `like`, a tree of arrays or of shapes and dtypes"
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf.dtype)), like)
+    zeros = lambda leaf: jnp.zeros(leaf.shape, wide_dtype(leaf.dtype))
+    return jax.tree.map(lambda leaf: vary_over(varying_axes(leaf), zeros(leaf)), like)
 
 
 def add_to(total: Any, value: Any) -> Any:

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/tools/01_arrays.ipynb #d4d4ccca
+from functools import partial
 from typing import Any
 
 import jax
@@ -70,3 +71,24 @@ def register_pytree(
 
     register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+# %% ../../nbs/tools/01_arrays.ipynb #5b0e7a32
+def _varying(leaf: Any) -> frozenset[str]:
+    "The axes along which an array, or what has its shape and dtype, varies"
+    kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+    marks = getattr(kind, "manual_axis_type", None)
+    return marks.varying if marks else getattr(kind, "vma", None) or frozenset()
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    "The axes of the mesh along which some array of `tree` varies; none outside of `jax.shard_map`"
+    return frozenset().union(*map(_varying, jax.tree.leaves(tree)))
+
+# %% ../../nbs/tools/01_arrays.ipynb #5b0e7a33
+def vary_over(axes: frozenset[str], tree: Any) -> Any:
+    "`tree`, whose arrays count as varying along `axes`; their numbers are the same"
+    mark = partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
+    def mark_missing(leaf):
+        missing = tuple(sorted(axes - _varying(leaf)))
+        return mark(leaf, missing) if missing else leaf
+    return jax.tree.map(mark_missing, tree)
