@@ -22,7 +22,7 @@ from ..losses.loss import Loss
 from ..losses.weights import along
 from .curvature import Curvature, on_samples
 from .operator import Operator
-from ..tools.arrays import sum_entries, working_dtype
+from ..tools.arrays import working_dtype
 from ..tools.checks import check_floating
 from ..tools.testing import dense_from_mv
 
@@ -268,7 +268,7 @@ def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check
     "The mean outer product of the gradient at sampled targets, in standard errors from H"
     tol = max(4 * float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(pred))
     wide = jax.tree.map(lambda leaf: leaf.astype(working_dtype(leaf.dtype)), pred)
-    n = int(np.clip(2**22 // max(len(H), 1), 2**12, 2**15))
+    n = int(np.clip(2**20 // max(len(H), 1), 2**12, 2**15))
     g, weight, position = _scores(loss, wide, key, n)
     half, full = np.sqrt(weight) * g, weight * g
     same = position[:, None] == position
@@ -339,7 +339,7 @@ def _common_length(tree: Any) -> int:
 
 def _mean_check(loss: Loss, whole: Any, first: Any, second: Any, tol: float) -> Check:
     "The mean is the sum of the chunks' totals over the sum of their weights"
-    total = lambda _, f, y, w: jax.tree.map(sum_entries, loss.value(f, y, **w))
+    total = lambda _, f, y, w: jax.tree.map(jnp.sum, loss.value(f, y, **w))
     weight = lambda _, f, y, w: loss.weight_sum(f, y, **w)
     add = lambda fn: jax.tree.map(jnp.add, fn(*first), fn(*second))
     mean = sum(jax.tree.leaves(jax.tree.map(jnp.divide, add(total), add(weight))))
@@ -441,7 +441,7 @@ def verify(
     Raises:
 
     - `AssertionError`: a check failed, and `raise_on_failure` is True.
-    - `TypeError`: an operator on a stream; by its name, an argument that holds anything but numbers.
+    - `TypeError`: an operator on a stream; by its name, what holds anything but numbers.
     - `ValueError`: a loss without a prediction, or without a target that it needs.
 
     Example:
