@@ -72,7 +72,8 @@ def draw_counts(
     "y ~ Poisson(rate); from 4096 on as a normal number, corrected for its skewness and rounded"
     few, many = jax.random.split(key)
     near = jax.random.poisson(few, jnp.minimum(rate, 4096), rate.shape).astype(rate.dtype)
-    large, n = jnp.minimum(rate, jnp.finfo(rate.dtype).max), jax.random.normal(many, rate.shape, rate.dtype)
+    large = jnp.minimum(rate, jnp.finfo(rate.dtype).max)
+    n = jax.random.normal(many, rate.shape, rate.dtype)
     far = jnp.round(large + (jnp.sqrt(large) * n + (jnp.square(n) - 1) / 6))
     return jnp.where(rate < 4096, near, far)
 

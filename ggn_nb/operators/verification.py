@@ -441,7 +441,7 @@ def verify(
     Raises:
 
     - `AssertionError`: a check failed, and `raise_on_failure` is True.
-    - `TypeError`: an operator on a stream; by its name, an argument that holds anything but numbers.
+    - `TypeError`: an operator on a stream; by its name, what holds anything but numbers.
     - `ValueError`: a loss without a prediction, or without a target that it needs.
 
     Example:

@@ -91,7 +91,7 @@ class Bent(Operator):
         v = self.weights * vec
         wrong = {
             "right": lambda: v,
-            "skew": lambda: v + 0.1 * (jnp.roll(vec, 1) - jnp.roll(vec, -1)),
+            "skew": lambda: v + 0.03 * (jnp.roll(vec, 1) - jnp.roll(vec, -1)),
             "shift": lambda: jnp.roll(v, 1),
             "affine": lambda: v + jnp.asarray(0.1, v.dtype),
             "size": lambda: jnp.abs(v),
