@@ -30,8 +30,8 @@ from ggn_nb.operators.linearization import (
 )
 from .policies import Linearize
 from ggn_nb.operators.samples import (
-    Samples, cast_like, count_samples, counting_samples, harmless_inputs, number_samples, wide_dtype,
-    widen,
+    Samples, cast_like, count_samples, counting_samples, harmless_inputs, number_samples,
+    wide_dtype, widen,
 )
 from ggn_nb.tools.arrays import (
     as_array, register_pytree, sum_entries, vary_over, varying_axes,
@@ -103,7 +103,8 @@ class Problem:
 
     def scale_heads(self, tree: Any) -> Any:
         "Each head of `tree`, shaped like a prediction, times its scale, in its own dtype"
-        return tree if self.head_scales is None else jax.tree.map(scale_tree, self.head_scales, tree)
+        if self.head_scales is None: return tree
+        return jax.tree.map(scale_tree, self.head_scales, tree)
 
     def times_factor(self, total: Any) -> Any:
         "factor · total, a sum over all samples, in the dtypes of the parameters"
@@ -280,7 +281,7 @@ class Curvature(Operator):
         return operator
 
     def __reduce__(self) -> tuple:
-        "How `pickle` and `copy` make the operator anew: without what it stores, which is recomputed"
+        "How `pickle` and `copy` make it anew: what is stored is left out, and computed again"
         made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return _made_anew, (type(self), made_of, self.linearization is not None)
 

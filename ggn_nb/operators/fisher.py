@@ -131,7 +131,8 @@ class _SampledScoreProducts(_Scores):
         "Those of the loss; nothing is wrong with a target that is not there"
         target, missing = self._with_draws(pred, target), _is_missing(target)
         found = self.loss.faults(pred, target, weight=weight, mask=mask)
-        return {what: so for what, so in found.items() if not (missing and what.startswith("target"))}
+        if not missing: return found
+        return {what: so for what, so in found.items() if not what.startswith("target")}
 
     def _with_draws(self, pred, target) -> Any:
         "`target`, with draws where it has none"
