@@ -29,18 +29,15 @@ def _dtype(leaf: Any) -> np.dtype:
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-def _check_floating_leaf(leaf: Any, where: str) -> None:
-    "Raise `TypeError` unless `leaf` is an array in one of the dtypes of `FLOATS`"
-    if isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic):
-        raise TypeError(f"{where}: got a Python {type(leaf).__name__}, expected an array")
+def _check_dtype(leaf: Any, where: str) -> None:
+    "Raise `TypeError` unless JAX reads `leaf` in one of the dtypes of `FLOATS`"
     try:
         dtype = _dtype(leaf)
     except TypeError as error:
         raise TypeError(f"{where}: {error}") from None
     if dtype.name not in FLOATS:
-        expected = f"{', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
-        raise TypeError(f"{where}: got dtype {dtype}, expected a real floating-point dtype, "
-                        f"{expected}")
+        expected = f"a real floating-point dtype, {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+        raise TypeError(f"{where}: got dtype {dtype}, expected {expected}")
 
 
 def check_floating(
@@ -50,7 +47,11 @@ def check_floating(
     "Raise unless `tree` has leaves (`ValueError`), all arrays of real floats (`TypeError`)"
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     if not leaves: raise ValueError(f"{name}: got {tree!r}, expected at least one array")
-    for path, leaf in leaves: _check_floating_leaf(leaf, name + _name(path))
+    for path, leaf in leaves:
+        where = name + _name(path)
+        if type(leaf) in (bool, int, float, complex):
+            raise TypeError(f"{where}: got a Python {type(leaf).__name__}, expected an array")
+        _check_dtype(leaf, where)
 
 # %% ../../nbs/tools/00_checks.ipynb #a5063762
 def check_array(
@@ -61,7 +62,7 @@ def check_array(
     if not jax.tree_util.all_leaves([x]):
         expected = "expected a single array of floating-point numbers"
         raise TypeError(f"{name}: got {type(x).__name__}, {expected}")
-    check_floating(x, name)
+    _check_dtype(x, name)
 
 # %% ../../nbs/tools/00_checks.ipynb #7c5458eb
 def _check_leaf(leaf: Any, want: Any, name: str, like_name: str) -> None:
