@@ -247,14 +247,15 @@ def _finite(x, axis):
     return jnp.isfinite(x) if axis is None else jnp.all(jnp.isfinite(x), axis=-1)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #893fd5f0
-TargetUse = Literal["required", "optional", "unused"]
+TargetUse = Literal["required", "optional", "checked", "unused"]
 
 
 def _parse_target(loss, target, f, target_use: TargetUse) -> ParsedTarget:
     "The target as the loss reads it; empty where there is none"
     if target_use == "required" and target is None:
         raise ValueError(f"target: got None, expected one, which {loss.name} needs here")
-    if loss.read_target is None or target is None: return ParsedTarget(None, None)
+    if target is None or loss.read_target is None or target_use == "unused":
+        return ParsedTarget(None, None)
     like_pred = loss.axis is not None and jnp.ndim(target) == f.ndim
     target = _axis_last(jnp.asarray(target), loss.axis) if like_pred else target
     return loss.read_target(target, f, **loss.options_in(f.dtype))
@@ -306,7 +307,7 @@ def _read_inputs(
     wrong = _wrong_targets(parsed, w, counted)
     faults = weight_faults(weight) | _target_faults(loss, wrong)
     mean_weight = _mean_weight(w, parsed.weight, counted, f, shape)
-    if target_use == "unused": parsed = parsed._replace(values=None)
+    if target_use == "checked": parsed = parsed._replace(values=None)
     if target_use != "required": wrong, parsed = None, parsed._replace(valid=None)
     sound = _all_of(_finite(f, loss.axis), _finite(u, loss.axis), parsed.valid)
     blank = blank_positions(w, counted, sound)
@@ -466,6 +467,7 @@ class ClosedFormLoss(Loss):
                reads_target=False) -> dict[str, jax.Array]:
         "What is wrong with the numbers in weight and in a target that is given"
         target_use = self._value_use if reads_target else self.target_use
+        if target_use == "unused": target_use = "checked"
         return _read_inputs(self, pred, target, weight, mask, target_use).faults
 
     def counted(self, pred, target=None, *, mask=None) -> jax.Array | None:
