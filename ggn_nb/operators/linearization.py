@@ -113,7 +113,8 @@ _REFUSED = {  # what JAX says -> what came, and what was expected
         "a fixed number of steps: jax.lax.scan, or fori_loop with bounds that are no arrays"),
     r"allbacks do not support": ("got a call of Python, which has no derivative", _BY_RULE),
     r"The FFI call": ("got a foreign function, which has no derivative", _BY_RULE),
-    r"Differentiation rule for ('.+?')": ("got the operation {}, which has no derivative", _BY_RULE),
+    r"Differentiation rule for ('.+?')": (
+        "got the operation {}, which has no derivative", _BY_RULE),
     r"Transpose rule .*for ('.+?')": _NOT_TRANSPOSED,
     r"to (a custom_vjp function)": _NOT_TRANSPOSED,
 }
