@@ -69,16 +69,6 @@ class Loss(ABC):
     is_likelihood: bool = False  # is `value` −log p(target | pred) + const. of what `sample` draws?
     indexed: bool = False  # does `hessian_mv` take `index`, the number of each sample?
 
-    @property
-    def is_likelihood(self) -> bool:
-        "Is `value` the negative logarithm of the density that `sample` draws from?"
-        if hasattr(self, "sampler"): return self.sampler is not None
-        if hasattr(self, "losses"):
-            heads = jax.tree.leaves(self.losses, is_leaf=lambda x: isinstance(x, Loss))
-            return all(head.is_likelihood for head in heads)
-        if not hasattr(self, "formulas"): return False
-        return self.formulas.sample is not None and (self.is_fisher or self.curvature is not None)
-
     @abstractmethod
     def hessian_mv(self, jv: Any, pred: Any, target: Any = None, *,
                    weight: Any = None, mask: Any = None, **kwargs) -> Any:
