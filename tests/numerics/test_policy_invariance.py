@@ -160,7 +160,8 @@ def check(name, kind, linearize, batch_size, order, ends, vmap_over_data, reduct
     make = partial(KINDS[kind], case.model, PARAMS, source, case.given or case.loss, **options)
     try: A = make()
     except ValueError as error:
-        assert str(error).startswith(tuple(refusals(case, linearize, batch_size, ends, vmap_over_data, parts, calls))), error
+        named = re.sub(r"^batch \d+: ", "", str(error))
+        assert named.startswith(tuple(refusals(case, linearize, batch_size, ends, vmap_over_data, parts, calls))), error
     else:
         flat, unravel = ravel_pytree(VEC)
         assert_close(A(VEC), unravel(oracle(case, kind, calls, reduction) @ flat), rtol=1e-9)
@@ -168,7 +169,7 @@ def check(name, kind, linearize, batch_size, order, ends, vmap_over_data, reduct
 
 @pytest.mark.parametrize("name, kind", PAIRS)
 def test_the_policy_never_changes_the_number(name, kind):
-    run_cases(8, partial(check, name, kind), **{option: st.sampled_from(values) for option, values in OPTIONS.items()})
+    run_cases(8 if jax.device_count() == 1 else 4, partial(check, name, kind), **{option: st.sampled_from(values) for option, values in OPTIONS.items()})
 
 
 def test_the_same_on_two_devices():
