@@ -237,7 +237,7 @@ class Operator(ABC):
     def dense(self) -> jax.Array:
         """The dense matrix, shape (P, P), in the order of `jax.flatten_util.ravel_pytree`."""
         flat = self.flat()
-        return flat.matmat(jnp.eye(flat.shape[0], dtype=flat.structure.dtype)).T
+        return flat.matmat(_unit_vectors(flat.structure)).T
 
     def __add__(self, other: "Operator") -> "Sum":
         return Sum((*_summands(self), *_summands(_check_operand(other, self, "+"))))
@@ -397,6 +397,12 @@ def _multiply_parts(operator: Operator, vecs: Any, size: int) -> Any:
     return jax.tree.map(lambda *p: jnp.concatenate(p), *parts)
 
 # %% ../../nbs/operators/00_operator.ipynb #9227e817
+@partial(jax.jit, static_argnums=0)
+def _unit_vectors(structure: jax.ShapeDtypeStruct) -> jax.Array:
+    "The columns of the identity, on vectors of one axis"
+    return jnp.eye(*structure.shape, dtype=structure.dtype)
+
+
 def _check_vectors(vecs: Any, structure: Any, domain: str) -> None:
     "Raise unless `vecs` is like `structure`, but for an axis in front"
     found = [v.shape[0] for v in jax.tree.leaves(vecs) if getattr(v, "ndim", 0)]
