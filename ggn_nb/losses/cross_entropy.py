@@ -98,6 +98,21 @@ def _expected(z, y, class_weight, label_smoothing) -> jax.Array:
     if label_smoothing is None: return hard
     return (1 - label_smoothing) * hard + label_smoothing * jnp.mean(weighted, axis=-1)
 
+# %% ../../nbs/losses/11_cross_entropy.ipynb #ce200002
+def _most_likely(f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    "Is it the largest logit (the first of them)? How far is it below that? And the sum r, kept axis"
+    numbers = jax.lax.broadcasted_iota(jnp.int32, f.shape, f.ndim - 1)
+    top = numbers == jnp.argmax(f, axis=-1, keepdims=True).astype(jnp.int32)
+    largest = jnp.sum(jnp.where(top, f, 0), axis=-1, keepdims=True)
+    gap = jnp.where(top, 0, jnp.broadcast_to(largest, f.shape) - f)
+    return top, gap, jnp.sum(jnp.where(top, 0, jnp.exp(-gap)), axis=-1, keepdims=True)
+
+
+def _minus_log_p(f: jax.Array) -> jax.Array:
+    "−log softmax(f), to the last digit also where p is nearly 1"
+    _, gap, rest = _most_likely(f)
+    return gap + jnp.broadcast_to(jnp.log1p(rest), f.shape)
+
 # %% ../../nbs/losses/11_cross_entropy.ipynb #a7b3635c
 def cross_entropy_value(
     f: jax.Array,  # logits, shape (..., C)
@@ -107,7 +122,7 @@ def cross_entropy_value(
     ignore_index: jax.Array | None = None,  # not used: ignored labels are gone by now
 ) -> jax.Array:  # shape (...)
     "−Σ_c t_c log p_c at each position, p = softmax(f); t = e_y for a plain label y"
-    return -_expected(jax.nn.log_softmax(f), y, class_weight, label_smoothing)
+    return _expected(_minus_log_p(f), y, class_weight, label_smoothing)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #9f8d78ac
 def _total_weight(f, y, class_weight, label_smoothing) -> jax.Array | None:
@@ -135,7 +150,10 @@ def cross_entropy_gradient(
     "s p − t, p = softmax(f), with s = Σ_c t_c, which is 1 without class weights"
     s = _total_weight(f, y, class_weight, label_smoothing)
     t = _target_distribution(f, y, class_weight, label_smoothing)
-    return _multiplied(s, jax.nn.softmax(f)) - t
+    top, _, rest = _most_likely(f)
+    not_top = _multiplied(s, jnp.broadcast_to(rest / (1 + rest), f.shape))
+    ones = _multiplied(s, jnp.ones_like(f))
+    return jnp.where(top, (ones - t) - not_top, _multiplied(s, jax.nn.softmax(f)) - t)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ec5769c6
 def _softmax(f) -> tuple[jax.Array, jax.Array]:

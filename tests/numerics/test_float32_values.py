@@ -206,3 +206,18 @@ def test_the_example_of_the_contributing_page_is_stable(example):
     loss = example["log_cosh"]()
     at = jnp.asarray(f)
     assert np.allclose(jax.grad(lambda f: jnp.sum(loss.value(f, jnp.zeros_like(f))))(at), np.tanh(r), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0, 5.0, 12.0, 20.0, 40.0, 80.0])
+@pytest.mark.parametrize("label", [0, 1])
+def test_cross_entropy_of_a_nearly_certain_class(margin, label):
+    """Value and gradient relative to their own size: 2 e^(−margin) where the label is the certain class."""
+    f = np.array([margin, 0.0, 0.0])
+    rest = 2 * np.exp(-margin)
+    p = np.array([1.0, np.exp(-margin), np.exp(-margin)]) / (1 + rest)
+    value = (f.max() - f + np.log1p(rest))[label]
+    gradient = p - np.eye(3)[label]
+    if label == 0: gradient[0] = -rest / (1 + rest)
+    loss, pred = create_loss("cross_entropy"), jnp.asarray(f, jnp.float32)
+    np.testing.assert_allclose(float(loss.value(pred, jnp.array(label))), value, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(loss.gradient(pred, jnp.array(label))), gradient, rtol=2e-6)
