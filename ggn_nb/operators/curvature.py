@@ -476,6 +476,6 @@ def on_samples(
 
 def _read_rows(problem: Problem, samples: Samples) -> Samples:
     "`samples`, numbered if the loss wants it; `ValueError` unless there is one leading axis"
-    if problem.vmap_over_data or problem.batch_size is not None or problem.loss.indexed:
-        count_samples(samples, Samples._fields)
+    one_axis = problem.vmap_over_data or problem.batch_size is not None or problem.loss.indexed
+    if one_axis or not jax.tree.leaves(samples): count_samples(samples, Samples._fields)
     return number_samples(samples) if problem.loss.indexed else samples

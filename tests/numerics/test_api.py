@@ -45,7 +45,8 @@ from ggn_nb.losses.mse import mse
 from ggn_nb.tools.testing import assert_close
 
 W, V, X = (jnp.asarray(np.random.default_rng(k).standard_normal(s)) for k, s in enumerate([(3, 2), (3, 2), (4, 3)]))
-DATA = {"input": X, "target": jnp.array([0, 1, 0, 1])}
+DATA = {"input": X, "target": jnp.zeros((4, 2))}
+LABELLED = {"input": X, "target": jnp.array([0, 1, 0, 1])}
 
 HOMES = {
     "create_ggn_mv": ggn_nb.operators.ggn,
@@ -130,8 +131,8 @@ def test_signature(fn):
 def test_policy_keyword_is_documented_by_its_default():
     for create in (create_ggn_mv, create_hessian_mv, create_fisher_mv):
         assert inspect.signature(create).parameters["linearize"].default is None
-        assert "cached" in repr(create(linear, W, DATA, "cross_entropy"))
-        assert "recomputed" in repr(create(linear, W, DATA, "cross_entropy", batch_size=2))
+        assert "cached" in repr(create(linear, W, LABELLED, "cross_entropy"))
+        assert "recomputed" in repr(create(linear, W, LABELLED, "cross_entropy", batch_size=2))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

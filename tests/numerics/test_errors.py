@@ -13,7 +13,7 @@ from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.mse import mse
 from ggn_nb.tools.timing import count_compiles
 
-W, X, Y = jnp.ones((3, 2)), np.ones((4, 3)), np.array([0, 1, 0, 1])
+W, X, Y = jnp.ones((3, 2)), np.ones((4, 3)), np.zeros((4, 2))
 DATA = {"input": X, "target": Y}
 ROW = jnp.ones(3)
 identity = lambda jv, pred, target: jv
@@ -129,8 +129,8 @@ def test_vector_that_does_not_match(row, linearize):
 
 @table(
     ("integer", {"w": W, "n": np.arange(3)}, r"params\['n'\]", "int64", "floating"),
-    ("python integer", {"w": W, "n": 3}, r"params\['n'\]", "int", "floating"),
-    ("boolean", {"w": W, "n": True}, r"params\['n'\]", "bool", "floating"),
+    ("python integer", {"w": W, "n": 3}, r"params\['n'\]", "int", "array"),
+    ("boolean", {"w": W, "n": True}, r"params\['n'\]", "bool", "array"),
     ("complex", (np.ones(2, complex),), r"params\[0\]", "complex128", "floating"),
     ("text", {"w": W, "name": "net"}, r"params\['name'\]", "str", "array"),
     ("key", {"w": W, "key": jax.random.key(0)}, r"params\['key'\]", "key", "floating"),
@@ -174,9 +174,14 @@ BATCHES = table(
 def test_batch_sizes(row):
     data, *parts = row
     refused(lambda: bound(data=data), ValueError, "data", "got", *parts)
-    refused(lambda: bound(data=data, vmap_over_data=False), ValueError, "data", "got", *parts)
     refused(lambda: bound(data=data, num_curv_samples=4), ValueError, "data", "got", *parts)
     refused(lambda: unbound()(W, data), ValueError, "data", "got", *parts)
+
+
+@pytest.mark.parametrize("data", [{"input": X, "target": Y[:3]}, {"input": X[:0], "target": Y[:0]}, {"input": None, "target": None}])
+def test_batches_that_are_seen_whole(data):
+    """Their parts may differ in length, but prediction and target fit, and there is something."""
+    refused(lambda: bound(data=data, vmap_over_data=False), ValueError, "got", "expected")
 
 
 # --- the numbers of samples and the factor
