@@ -11,6 +11,7 @@ import inspect
 import os
 import sys
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -141,8 +142,23 @@ def _key(value: Any, take: Callable) -> Any:
     if not _is_installed(kind): raise _Whole  # what `==` leaves out is not known
     return kind, value
 
+# %% ../../nbs/tools/05_functions.ipynb #9e911ebd
+def _take_tuple(value: tuple, take: Callable) -> tuple: return _tuple, *map(take, value)
+
+
+def _tuple(built: _Built, *items: tuple) -> tuple: return tuple(map(built.value, items))
+
+
+def _take_dict(value: dict, take: Callable) -> tuple:
+    return _dict, tuple(map(take, value)), *map(take, value.values())
+
+
+def _dict(built: _Built, keys: tuple, *values: tuple) -> dict:
+    return dict(zip(map(built.value, keys), map(built.value, values), strict=True))
+
 # %% ../../nbs/tools/05_functions.ipynb #7d671565
 def _take_container(value: Any, take: Callable) -> tuple:
+    if isinstance(value, defaultdict): raise _Whole
     children, structure = jax.tree.flatten(value, is_leaf=lambda part: part is not value)
     key = structure, _types(structure.node_data())
     return _container, _Constant(key, structure), *map(take, children)
@@ -281,6 +297,8 @@ class _Parts:
     def _take(self, value: Any) -> tuple:
         if _is_array(value): return self._take_array(value)
         if isinstance(value, FunctionType): return _take_function(value, self)
+        if type(value) is tuple: return _take_tuple(value, self.take)
+        if type(value) is dict: return _take_dict(value, self.take)
         if type(value) is partial: return _take_partial(value, self.take)
         if isinstance(value, MethodType):
             return _method, self.take(value.__func__), self.take(value.__self__)

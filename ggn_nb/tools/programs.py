@@ -74,9 +74,10 @@ def program(
         return _Compiled(fn, structure, given, _leaf_numbers(structure, donated))
 
     def find(args: tuple) -> tuple[_Compiled, list]:
-        traced = tuple(arg for i, arg in enumerate(args) if i not in static_argnums)
+        static = tuple(args[i] for i in static_argnums) if static_argnums else ()
+        traced = tuple(x for i, x in enumerate(args) if i not in static_argnums) if static else args
         leaves, structure = jax.tree.flatten(traced)
-        return compiled(structure, tuple(args[i] for i in static_argnums)), leaves
+        return compiled(structure, static), leaves
 
     @wraps(fn)
     def call(*args):

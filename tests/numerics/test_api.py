@@ -331,7 +331,7 @@ def test_given_hessian_products_see_one_sample_or_everything():
         return jv
 
     for vmap_over_data in (True, False):
-        create_ggn_mv(linear, W, DATA, loss_hessian_mv=given, vmap_over_data=vmap_over_data)(V)
+        create_ggn_mv(linear, W, LABELLED, loss_hessian_mv=given, vmap_over_data=vmap_over_data)(V)
     assert set(seen) == {((2,), (2,), ()), ((4, 2), (4, 2), (4,))}
 
 

@@ -297,6 +297,13 @@ def test_functions_that_differ(name):
         assert_close(product(make(value)), jnp.asarray(expected(np.zeros(3), scale)))
 
 
+def test_dictionaries_keep_their_order():
+    layers = lambda names: {name: jnp.asarray(float(k + 1)) for k, name in enumerate(names)}
+    model = lambda held: lambda input, params: list(held.values())[0] * (input @ params)
+    for names in ("za", "az", "za"):
+        assert_close(product(model(layers(names))), jnp.asarray(expected(np.zeros(3))))
+
+
 def test_nan_equals_itself():
     assert structure(typed(float("nan"))) == structure(typed(float("nan")))
 
