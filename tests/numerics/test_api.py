@@ -311,7 +311,7 @@ def seen_by(vmap_over_data, tree=False):
         shapes["pred"], shapes["target"] = jax.tree.map(jnp.shape, (pred, target))
         return jnp.sum(jax.tree.leaves(pred)[0] ** 2)
 
-    data = {"input": {"x": X}, "target": DATA["target"]}
+    data = {"input": {"x": X}, "target": LABELLED["target"]}
     create_ggn_mv(model_fn, W, data, loss, vmap_over_data=vmap_over_data)(V)
     return shapes
 
