@@ -3,13 +3,21 @@
 #   EXTRAS=dev,peers    what to install for everything but the demo
 #   VENV=.venv-peers    where
 #   ARGS="-k wheel"     more arguments for pytest
+#   JAX=0.7.0           `make test` runs the numerics alone, with this version of JAX (newest: with the newest) in .venv-jax-0.7.0
 
+ifdef JAX
+VENV ?= .venv-jax-$(JAX)
+EXTRAS ?= numerics
+TESTS ?= tests/numerics
+PYTHONS := python3.13 python3.12  # the newest versions of JAX do not run with 3.11
+endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
+TESTS ?= tests
 JOBS ?= 2
 RECENT = import sys; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+PYTHON ?= $(shell for p in $(PYTHONS) python3.11 python3 python3.12 python3.13; do \
             $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 DEV := $(VENV)/.installed-$(EXTRAS)
 
@@ -22,8 +30,8 @@ help:  ## show this list
 demo: $(VENV)/.installed-demo  ## the quickstart on real data: a report and a picture
 	@$(BIN)/python -m ggn_nb.demo
 
-test: $(DEV)  ## every check: notebooks, exports, README, pytest suite, wheel, site
-	@$(BIN)/pytest -n $(JOBS) --dist worksteal -ra --durations 10 tests $(ARGS)
+test: $(DEV)  ## every check: notebooks, exports, README, pytest suite, wheel, site; with JAX=0.7.0 the numerics on that version
+	@$(BIN)/pytest -n $(JOBS) --dist worksteal -ra --durations 10 $(TESTS) $(ARGS)
 
 docs: $(DEV)  ## build the site into _docs
 	@$(BIN)/python .ci/tools.py docs
@@ -49,6 +57,6 @@ $(BIN)/python:
 # Installed again when the requirements change.
 $(VENV)/.installed-%: settings.ini setup.py | $(BIN)/python
 	@echo "installing ggn_nb with its extras: $* (once, a minute or two)"
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[$*]" $(patsubst %,jax==%,$(filter-out newest,$(JAX)))
 	@$(BIN)/python -m pip check
 	@touch $@

@@ -74,6 +74,11 @@ def binary_cross_entropy_sample(key, f, pos_weight=None, class_weight=None) -> j
 def _is_label(y): return (y >= 0) & (y <= 1)
 
 
+def _weight(value, name):
+    "The option `pos_weight` or `class_weight`: numbers ≥ 0, or None"
+    return as_option(value, name, positive=False, optional=True)
+
+
 _WEIGHTED = Row(
     "-c*(w*y*log(p) + (1 - y)*log(1 - p))",
     "c*(w*y + 1 - y)*p*(1 - p)",
@@ -100,7 +105,8 @@ def binary_cross_entropy(*, pos_weight: Any = None, class_weight: Any = None) ->
 
     Returns:
 
-    A `ClosedFormLoss`. Its H is the Hessian, and without weights the Fisher information.
+    A `ClosedFormLoss`. Its H is the Hessian. Without weights it is the Fisher information, and the
+    loss the negative log-likelihood of a label.
 
     Raises:
 
@@ -113,12 +119,13 @@ def binary_cross_entropy(*, pos_weight: Any = None, class_weight: Any = None) ->
         >>> binary_cross_entropy().hessian_mv(jnp.ones(2), jnp.zeros(2)).tolist()
         [0.25, 0.25]
     """
-    options = {"pos_weight": as_option(pos_weight, "pos_weight", positive=False),
-               "class_weight": as_option(class_weight, "class_weight", positive=False)}
+    options = {"pos_weight": _weight(pos_weight, "pos_weight"),
+               "class_weight": _weight(class_weight, "class_weight")}
+    plain = pos_weight is None and class_weight is None
     formulas = entrywise(
         binary_cross_entropy_value, binary_cross_entropy_gradient, binary_cross_entropy_curvature,
         deviation=binary_cross_entropy_deviation, sample=binary_cross_entropy_sample)
     return ClosedFormLoss(
         "binary_cross_entropy", formulas, options, Entries(_is_label, "labels in [0, 1]"),
         target_use="unused" if pos_weight is None else "required",
-        is_fisher=pos_weight is None and class_weight is None)
+        is_fisher=plain, is_likelihood=plain)

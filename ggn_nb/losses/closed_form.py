@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from .loss import Loss
 from ggn_nb.losses.weights import (
+    along,
     blank_positions,
     erase,
     raise_faults,
@@ -44,7 +45,7 @@ class Formulas:
     - `hessian_mv`: (u, f, y) -> H u, shaped like f.
     - `square_root_mv`: (u, f, y) -> S u with S Sᵀ = H, shaped like f; None where H is indefinite.
     - `square_root_transpose_mv`: (v, f, y) -> Sᵀ v, shaped like f; None likewise.
-    - `sample`: (key, f) -> y; None where the loss is no negative log-likelihood.
+    - `sample`: (key, f) -> y; None where there is nothing to sample.
 
     Example:
 
@@ -96,7 +97,7 @@ def entrywise(
     - `gradient`: (f, y) -> its derivative by that entry.
     - `curvature`: (f, y) -> the diagonal of H.
     - `deviation`: (f, y) -> the diagonal of S; by default √curvature.
-    - `sample`: (key, f) -> y; None where the loss is no negative log-likelihood.
+    - `sample`: (key, f) -> y; None where there is nothing to sample.
     - `indefinite`: may the curvature be negative? Then there is no square root.
 
     Returns:
@@ -179,10 +180,19 @@ def _real_numbers(value: Any, name: str) -> jax.Array:
     return value.astype(jnp.result_type(float))
 
 
-def as_option(value: Any, name: str, *, positive: bool = True) -> jax.Array | None:
-    "`value` as an array, or None; `ValueError` unless finite and > 0 (≥ 0 if not `positive`)"
-    if value is None: return None
+def as_option(
+    value: Any,  # a number, or numbers
+    name: str,  # the option's name, for the message
+    *,
+    positive: bool = True,  # > 0, or may it be 0 as well?
+    optional: bool = False,  # may it be None?
+    single: bool = False,  # must it be one number?
+) -> jax.Array | None:
+    "`value` as an array; `ValueError` unless finite and > 0 (≥ 0 if not `positive`)"
+    if value is None and optional: return None
     value = _real_numbers(value, name)
+    if single and value.shape:
+        raise ValueError(f"{name}: got shape {value.shape}, expected one number")
     known = on_host(value)
     bound, inside = ("> 0", known > 0) if positive else ("≥ 0", known >= 0)
     message = f"{name}: got {value}, expected finite numbers {bound}"
@@ -207,7 +217,15 @@ class FormulaInputs(NamedTuple):
     weight: jax.Array | None  # for each position
     blank: jax.Array | None  # for each position
     mean_weight: jax.Array  # for each position: its weight in a mean, 0 where it does not count
+    wrong: jax.Array | None  # for each position: is a target that was read not in the domain?
     faults: dict[str, jax.Array]  # what is wrong with the numbers: message -> is it so?
+    fill: float  # a valid target
+
+    @property
+    def arguments(self) -> tuple:
+        "What a formula is called with"
+        return (self.f, self.y) if self.v is None else (self.v, self.f, self.y)
+
 
 # %% ../../nbs/losses/02_closed_form.ipynb #fd326969
 def _axis_last(x, axis):
@@ -215,13 +233,13 @@ def _axis_last(x, axis):
 
 
 def _check_axis(shape, axis):
-    "Raise unless `shape` has an axis for the vectors of positions, not empty"
-    if axis is None: return
-    if not -len(shape) <= axis < len(shape):
+    "Raise unless `shape` has entries, and an axis for the vectors of positions"
+    if axis is not None and not -len(shape) <= axis < len(shape):
         expected = f"an axis {axis} with at least one class"
         raise ValueError(f"pred: got shape {shape}, expected {expected}")
-    if shape[axis] == 0:
+    if axis is not None and shape[axis] == 0:
         raise ValueError(f"pred: got shape {shape}, expected at least one class along axis {axis}")
+    if 0 in shape: raise ValueError(f"pred: got shape {shape}, expected at least one entry")
 
 
 def _finite(x, axis):
@@ -229,14 +247,15 @@ def _finite(x, axis):
     return jnp.isfinite(x) if axis is None else jnp.all(jnp.isfinite(x), axis=-1)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #893fd5f0
-TargetUse = Literal["required", "optional", "unused"]
+TargetUse = Literal["required", "optional", "checked", "unused"]
 
 
 def _parse_target(loss, target, f, target_use: TargetUse) -> ParsedTarget:
-    "The target as the loss reads it; empty where there is none to read"
+    "The target as the loss reads it; empty where there is none"
     if target_use == "required" and target is None:
         raise ValueError(f"target: got None, expected one, which {loss.name} needs here")
-    if target_use == "unused" or target is None: return ParsedTarget(None, None)
+    if target is None or loss.read_target is None or target_use == "unused":
+        return ParsedTarget(None, None)
     like_pred = loss.axis is not None and jnp.ndim(target) == f.ndim
     target = _axis_last(jnp.asarray(target), loss.axis) if like_pred else target
     return loss.read_target(target, f, **loss.options_in(f.dtype))
@@ -248,13 +267,24 @@ def _all_of(*conditions) -> jax.Array | None:
     return reduce(jnp.logical_and, given) if given else None
 
 
-def _target_faults(loss, parsed, weight, counted) -> dict[str, jax.Array]:
-    "Is there a target that counts, and is not in the domain?"
-    if parsed.valid is None: return {}
-    wrong = _all_of(~parsed.valid, counted, None if weight is None else weight != 0)
+def _wrong_targets(parsed, weight, counted) -> jax.Array | None:
+    "For each position: does it count, with a target that is not in the domain?"
+    if parsed.valid is None: return None
+    return _all_of(~parsed.valid, counted, None if weight is None else weight != 0)
+
+
+def _target_faults(loss, wrong) -> dict[str, jax.Array]:
+    "Is there such a position?"
+    if wrong is None: return {}
     expected = loss.read_target.domain
     message = f"target: got values that {loss.name} does not take, expected {expected}"
     return {message: jnp.any(wrong)}
+
+
+def _nan_where(wrong, result) -> jax.Array:
+    "`result`, NaN at the positions that are wrong, and its derivatives too"
+    if wrong is None: return result
+    return result * along(jnp.where(wrong, jnp.nan, 1).astype(result.dtype), result.shape)
 
 
 def _mean_weight(weight, class_weight, counted, f, shape) -> jax.Array:
@@ -267,19 +297,42 @@ def _read_inputs(
     loss, pred, target, weight, mask, target_use, v=None, name="pred"
 ) -> FormulaInputs:
     "What a formula of `loss` is given"
-    v, f = read_vector_and_prediction(pred if v is None else v, pred, name)
+    u, f = read_vector_and_prediction(pred if v is None else v, pred, name)
     _check_axis(f.shape, loss.axis)
-    f, v = _axis_last(f, loss.axis), _axis_last(v, loss.axis)
+    f, u = _axis_last(f, loss.axis), _axis_last(u, loss.axis)
     shape = f.shape if loss.axis is None else f.shape[:-1]
     parsed = _parse_target(loss, target, f, target_use)
     w = None if weight is None else read_weight(weight, shape, f.dtype)
     counted = _all_of(parsed.counted, None if mask is None else read_mask(mask, shape))
-    sound = _all_of(_finite(f, loss.axis), _finite(v, loss.axis), parsed.valid)
+    wrong = _wrong_targets(parsed, w, counted)
+    faults = weight_faults(weight) | _target_faults(loss, wrong)
+    mean_weight = _mean_weight(w, parsed.weight, counted, f, shape)
+    if target_use == "checked": parsed = parsed._replace(values=None)
+    if target_use != "required": wrong, parsed = None, parsed._replace(valid=None)
+    sound = _all_of(_finite(f, loss.axis), _finite(u, loss.axis), parsed.valid)
     blank = blank_positions(w, counted, sound)
     y = None if parsed.values is None else erase(parsed.values, blank, parsed.fill)
-    mean_weight = _mean_weight(w, parsed.weight, counted, f, shape)
-    faults = weight_faults(weight) | _target_faults(loss, parsed, w, counted)
-    return FormulaInputs(erase(f, blank), y, v, w, blank, mean_weight, faults)
+    return FormulaInputs(_nan_where(wrong, erase(f, blank)), y, None if v is None else u, w, blank,
+                         mean_weight, wrong, faults, parsed.fill)
+
+# %% ../../nbs/losses/02_closed_form.ipynb #7d579396
+def _overflows(formula, at: FormulaInputs) -> jax.Array:
+    "For each position: is its weight zero, and what the formula gives not finite?"
+    result = formula(*jax.lax.stop_gradient(at.arguments))
+    trailing = tuple(range(at.weight.ndim, result.ndim))
+    return (at.weight == 0) & ~jnp.all(jnp.isfinite(result), axis=trailing)
+
+
+def _without_overflow(formula, at: FormulaInputs) -> FormulaInputs:
+    "`at`, harmless also at the positions of weight zero where the formula is not finite"
+    if at.weight is None: return at
+    lost = _overflows(formula, at)
+    if at.v is not None:
+        constant = jax.lax.stop_gradient(at.f)
+        return at._replace(f=jnp.where(along(lost, at.f.shape), constant, at.f))
+    y = None if at.y is None else erase(at.y, lost, at.fill)
+    blank = lost if at.blank is None else at.blank | lost
+    return at._replace(f=erase(at.f, lost), y=y, blank=blank)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #b2000010
 def _formula(loss, method) -> Callable:
@@ -301,11 +354,11 @@ def _apply(loss, method, like, target_use, pred, target, given, v=None, name="pr
     formula = _formula(loss, method)
     at = _read_inputs(loss, pred, target, *given, target_use, v, name)
     raise_faults(at.faults)
-    arguments = (at.f, at.y) if v is None else (at.v, at.f, at.y)
-    result = formula(*arguments, **loss.options_in(at.f.dtype))
+    formula = partial(formula, **loss.options_in(at.f.dtype))
+    at = _without_overflow(formula, at)
     weight = root(at.weight) if method.startswith("square_root") else at.weight
-    result = weigh(result, weight, at.blank).astype(jnp.result_type(like))
-    return _original_axes(result, at.f, loss.axis)
+    result = _nan_where(at.wrong, weigh(formula(*at.arguments), weight, at.blank))
+    return _original_axes(result.astype(jnp.result_type(like)), at.f, loss.axis)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #b2000013
 def _described(loss) -> str:
@@ -319,7 +372,7 @@ def _described(loss) -> str:
 # %% ../../nbs/losses/02_closed_form.ipynb #a5579e0d
 @partial(register_pytree, data_fields=["options"],
          meta_fields=["name", "formulas", "read_target", "axis", "target_use",
-                      "is_hessian", "is_fisher", "curvature"])
+                      "is_hessian", "is_fisher", "curvature", "is_likelihood"])
 @dataclass(frozen=True, eq=False, repr=False)
 class ClosedFormLoss(Loss):
     """A loss by its formulas, of one array of predictions.
@@ -335,10 +388,13 @@ class ClosedFormLoss(Loss):
     - `read_target`: (target, f, **options) -> the target as the formulas want it, by default one
       real number for each entry of the prediction; None: the loss has no target.
     - `axis`: the axis of a position's vector, such as the classes; None: each entry is a position.
-    - `target_use`: does H need the target? "required", "optional" (read where given) or "unused".
+    - `target_use`: does H need the target? "required", "optional" (which positions count is read
+      where it is given) or "unused". A target that is given is checked in any case.
     - `is_hessian`: is H the Hessian of the value?
     - `is_fisher`: is H the Fisher information of `sample`'s distribution?
     - `curvature`: "hessian" or "fisher" where a loss has this option, else None; `repr` shows it.
+    - `is_likelihood`: is the value, up to a constant in f, −log of the density that `sample` draws
+      from? By default where the formulas have a sampler.
 
     Raises:
 
@@ -367,6 +423,11 @@ class ClosedFormLoss(Loss):
     is_hessian: bool = True
     is_fisher: bool = False
     curvature: Literal["hessian", "fisher"] | None = None
+    is_likelihood: bool | None = None
+
+    def __post_init__(self):
+        if self.is_likelihood is None:
+            object.__setattr__(self, "is_likelihood", self.formulas.sample is not None)
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "One number for each position, times its weight; dtype of pred"
@@ -390,7 +451,7 @@ class ClosedFormLoss(Loss):
         return self._product("square_root_transpose_mv", v, "v", pred, target, (weight, mask))
 
     def sample(self, key, pred) -> jax.Array:
-        "Targets drawn from the likelihood at `pred`. `ValueError` where the loss has none"
+        "Targets drawn from the distribution at `pred`. `ValueError` where the loss has none"
         if self.formulas.sample is None:
             raise ValueError(f"{self.name}: is no likelihood that can be sampled")
         f = _read_inputs(self, pred, None, None, None, "unused").f
@@ -404,8 +465,9 @@ class ClosedFormLoss(Loss):
 
     def faults(self, pred, target=None, *, weight=None, mask=None,
                reads_target=False) -> dict[str, jax.Array]:
-        "What is wrong with the numbers in weight and, where it is read, in target"
+        "What is wrong with the numbers in weight and in a target that is given"
         target_use = self._value_use if reads_target else self.target_use
+        if target_use == "unused": target_use = "checked"
         return _read_inputs(self, pred, target, weight, mask, target_use).faults
 
     def counted(self, pred, target=None, *, mask=None) -> jax.Array | None:

@@ -15,7 +15,8 @@ from typing import Any
 from .closed_form import registered_losses
 from .custom import CustomLoss
 from .loss import Loss
-from ..tools.arrays import function_as_pytree, register_pytree
+from ..tools.arrays import register_pytree
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/losses/04_create.ipynb #d1709302
 class LossFn(StrEnum):

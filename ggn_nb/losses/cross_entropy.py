@@ -6,7 +6,6 @@
 __all__ = ['cross_entropy']
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #4af6ed74
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +23,31 @@ from ggn_nb.losses.closed_form import (
 )
 from .weights import raise_faults, root
 from ..tools.arrays import as_array, on_host
+from ..tools.checks import check_integer
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #5ba479c0
+def _check_axis_is_clear(labels_shape, shape):
+    "Raise where labels may leave out several axes of a prediction, and none was stated"
+    without = lambda axis: shape[:axis] + shape[axis + 1 :]
+    fits = [axis - len(shape) for axis in range(len(shape)) if without(axis) == labels_shape]
+    if len(shape) < 3 or len(fits) < 2: return
+    raise ValueError(
+        f"axis: not stated, and labels of shape {labels_shape} for a prediction of shape {shape} "
+        f"fit the axes {fits}: expected the axis of the classes, such as axis=-1 or axis={fits[0]}")
+
+
 @dataclass(frozen=True)
 class Classes:
     "Reads integer labels, one for each position, or a distribution over the classes for each"
     domain: str = "labels from 0 to C − 1, or distributions: numbers ≥ 0 that sum to 1"
+    axis_stated: bool = True  # did the user say which axis has the classes?
 
     def __call__(self, target, f, class_weight, label_smoothing, ignore_index) -> ParsedTarget:
         y, positions = jnp.asarray(target), f.shape[:-1]
         if y.shape == f.shape and not jnp.iscomplexobj(y):
             return _read_distribution(y, f, class_weight)
         if y.shape == positions and jnp.issubdtype(y.dtype, jnp.integer):
+            if not self.axis_stated: _check_axis_is_clear(y.shape, f.shape)
             return _read_labels(y, f, class_weight, ignore_index)
         expected = f"integer labels of shape {positions}, or distributions of shape {f.shape}"
         error = TypeError if y.shape == positions else ValueError
@@ -181,17 +193,19 @@ def cross_entropy_sample(
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ef50c503
 def _smoothing(value) -> jax.Array | None:
     "The option `label_smoothing`; none at all is None"
-    if value is None or (not isinstance(value, jax.core.Tracer) and value == 0): return None
-    value = as_option(value, "label_smoothing", positive=False)
+    value = as_option(value, "label_smoothing", positive=False, optional=True, single=True)
+    if value is None: return None
+    known = on_host(value)
+    if not isinstance(known, jax.core.Tracer) and known == 0: return None
     message = f"label_smoothing: got {value}, expected a number from 0 to 1"
-    raise_faults({message: on_host(value) > 1})
+    raise_faults({message: known > 1})
     return value
 
 
 def _integer(value) -> jax.Array | None:
     "The option `ignore_index`"
     if value is None: return None
-    return as_array(operator.index(value), jnp.result_type(int))
+    return as_array(check_integer(value, "ignore_index"), jnp.result_type(int))
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #da5a35b8
 _FORMULAS = Formulas(
@@ -215,7 +229,7 @@ def cross_entropy(
     class_weight: Any = None,
     label_smoothing: float | None = None,
     ignore_index: int | None = -100,
-    axis: int = -1,
+    axis: int | None = None,
 ) -> ClosedFormLoss:
     """Cross-entropy on logits, with labels or distributions: H = diag(p) − p pᵀ, p = softmax(f).
 
@@ -232,16 +246,17 @@ def cross_entropy(
       classes.
     - `ignore_index`: positions with this label do not count; None: every label counts.
     - `axis`: the axis of the classes, counted in what the loss sees: negative numbers hold with
-      and without a batch axis.
+      and without a batch axis. By default the last, unless labels fit other axes as well.
 
     Returns:
 
-    A `ClosedFormLoss`. Its H is the Hessian, and without weights and smoothing the Fisher
-    information.
+    A `ClosedFormLoss`. Its H is the Hessian. Without weights and smoothing it is the Fisher
+    information, and the loss the negative log-likelihood of a label.
 
     Raises:
 
-    - `ValueError`, `TypeError`: where an option has a wrong value.
+    - `ValueError`, `TypeError`: where an option has a wrong value; in the methods, where labels
+      of a prediction with three axes or more fit several of them and `axis` was not stated.
 
     Example:
 
@@ -253,10 +268,14 @@ def cross_entropy(
         >>> print(loss.value(jnp.zeros((2, 2)), jnp.array([1, -100])).round(4))
         [0.6931 0.    ]
     """
-    options = {"class_weight": as_option(class_weight, "class_weight", positive=False),
-               "label_smoothing": _smoothing(label_smoothing),
-               "ignore_index": _integer(ignore_index)}
+    weighted, smoothing = class_weight is not None, _smoothing(label_smoothing)
+    options = {
+        "class_weight": as_option(class_weight, "class_weight", positive=False, optional=True),
+        "label_smoothing": smoothing,
+        "ignore_index": _integer(ignore_index)}
+    plain = not weighted and smoothing is None
     return ClosedFormLoss(
-        "cross_entropy", _FORMULAS, options, Classes(), axis=operator.index(axis),
-        target_use="optional" if class_weight is None else "required",
-        is_fisher=class_weight is None and label_smoothing is None)
+        "cross_entropy", _FORMULAS, options, Classes(axis_stated=axis is not None),
+        axis=-1 if axis is None else check_integer(axis, "axis"),
+        target_use="required" if weighted else "optional",
+        is_fisher=plain, is_likelihood=plain)

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from .loss import Loss
 from ggn_nb.losses.weights import (
+    along,
     blank_positions,
-    erase,
     raise_faults,
     read_mask,
     read_weight,
@@ -25,8 +25,9 @@ from ggn_nb.losses.weights import (
     weigh,
     weight_faults,
 )
-from ..tools.arrays import function_as_pytree, register_pytree, sum_entries, working_dtype
+from ..tools.arrays import register_pytree, sum_entries, working_dtype
 from ..tools.checks import check_floating, check_like
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/losses/03_custom.ipynb #6f4a9645
 def _read_prediction(pred) -> Any:
@@ -41,6 +42,16 @@ def _read_vector(v, pred, name) -> Any:
     return jax.tree.map(jnp.asarray, v)
 
 
+def _check_size(values, pred):
+    "Raise where a loss has more values than its prediction has entries: something was broadcast"
+    size = sum(map(jnp.size, jax.tree.leaves(pred)))
+    if jnp.size(values) <= size: return
+    raise ValueError(
+        f"loss_fn: returned values of shape {jnp.shape(values)} for a prediction of shape "
+        f"{jax.tree.map(jnp.shape, pred)}, expected at most one value for each entry: give the "
+        "target the shape of the prediction, or let the function sum")
+
+
 def _values(loss_fn, pred, target) -> jax.Array:
     "What the loss returns, in float32 or better"
     values = loss_fn(pred, target)
@@ -48,6 +59,7 @@ def _values(loss_fn, pred, target) -> jax.Array:
         found = type(values).__name__
         raise TypeError(f"loss_fn: returned a {found}, expected a scalar or an array")
     check_floating(values, "loss_fn's result")
+    _check_size(values, pred)
     return jnp.asarray(values).astype(working_dtype(jnp.result_type(values)))
 
 # %% ../../nbs/losses/03_custom.ipynb #4ab60db5
@@ -59,11 +71,51 @@ def _weight_and_blank(values, weight, mask) -> tuple[jax.Array | None, jax.Array
     return w, blank_positions(w, counted, None if w is None else jnp.isfinite(values))
 
 
-def _erase_positions(tree, blank) -> Any:
-    "`tree` with zeros at the blank positions, in each leaf whose leading axes are the positions"
-    if blank is None: return tree
-    fits = lambda leaf: leaf.shape[: blank.ndim] == blank.shape
-    return jax.tree.map(lambda leaf: erase(leaf, blank) if fits(leaf) else leaf, tree)
+def _without_weight(w, blank) -> jax.Array | None:
+    "For each position: is it blank, or its weight zero? None: all count"
+    if w is None: return blank
+    return (w == 0) if blank is None else blank | (w == 0)
+
+
+def _map_positions(fn, tree, positions) -> Any:
+    "`fn(leaf, positions)` for each leaf whose leading axes are the positions, in its shape"
+    if positions is None: return tree
+    fits = lambda leaf: leaf.shape[: positions.ndim] == positions.shape
+    apply = lambda leaf: fn(leaf, along(positions, leaf.shape)) if fits(leaf) else leaf
+    return jax.tree.map(apply, tree)
+
+
+def _clear(leaf, off) -> jax.Array:
+    "`leaf` with zeros for what is not finite where `off`"
+    return jnp.where(off & ~jnp.isfinite(leaf), 0, leaf)
+
+
+def _constant(leaf, off) -> jax.Array:
+    "`leaf`, not differentiated where `off`"
+    return jnp.where(off, jax.lax.stop_gradient(leaf), leaf)
+
+# %% ../../nbs/losses/03_custom.ipynb #5d422a21
+def _has_reverse_rule(fn, pred) -> bool:
+    "Is there a `jax.custom_vjp` in what `fn` does with `pred`?"
+    return "custom_vjp" in str(jax.make_jaxpr(fn)(pred))
+
+
+def _product_with_hessian(fn, pred, u) -> Any:
+    "∇²fn(pred) u: forward over reverse mode, or reverse over reverse where there is a reverse rule"
+    gradient = jax.grad(fn)
+    if _has_reverse_rule(fn, pred): return jax.vjp(gradient, pred)[1](u)[0]
+    return jax.jvp(gradient, (pred,), (u,))[1]
+
+
+def _differentiated(derivative, *args) -> Any:
+    "`derivative(*args)`; `ValueError` where JAX has none"
+    try: return derivative(*args)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"loss_fn: got a function that JAX cannot differentiate ({said}), expected one that it "
+            "can differentiate twice: write it with operations of jax.numpy, give it rules that "
+            "can be differentiated themselves, or write a Loss with a hessian_mv") from error
 
 # %% ../../nbs/losses/03_custom.ipynb #1a4cfb3d
 def _weigh_square_root(leaf, weight, blank) -> jax.Array:
@@ -83,8 +135,10 @@ def _function_as_pytree(fn: Any, name: str) -> Any:
     return function_as_pytree(fn, name) if is_bare else fn
 
 # %% ../../nbs/losses/03_custom.ipynb #42828e38
-@partial(register_pytree, data_fields=["loss_fn"],
-         meta_fields=["square_root", "square_root_transpose", "sampler", "is_hessian", "is_fisher"])
+_FUNCTIONS = ["loss_fn", "square_root", "square_root_transpose", "sampler"]
+
+
+@partial(register_pytree, data_fields=_FUNCTIONS, meta_fields=["is_hessian", "is_fisher"])
 @dataclass(frozen=True, eq=False)
 class CustomLoss(Loss):
     """A function as a loss, differentiated by JAX.
@@ -93,18 +147,26 @@ class CustomLoss(Loss):
     Hessian or a sampler. The loss is the sum of the entries that the function returns, and those
     are its positions. It is a pytree, whose leaves are the arrays that the function carries.
 
+    Weights multiply the values and a mask takes some out of the sum; all derivatives are those of
+    that sum. A value that does not count may be NaN or infinite: derivatives that are not finite
+    are zero at its position, in each leaf of `pred` whose leading axes are the positions. With
+    weights, a square root must be one of positions that do not depend on each other.
+
     Arguments:
 
     - `loss_fn`: (pred, target) -> scalar or array; pred is a pytree of floating-point arrays.
     - `square_root`: (u, pred, target) -> S u with S Sᵀ = H, shaped like pred; None: not known.
     - `square_root_transpose`: (v, pred, target) -> Sᵀ v, shaped like pred; None: not known.
-    - `sampler`: (key, pred) -> target, drawn from the likelihood; None: not known.
+    - `sampler`: (key, pred) -> target, drawn from the distribution that the function is the
+      negative log-likelihood of; None: not known. Then `is_likelihood` is false.
     - `is_hessian`: is H the Hessian of the value? Always, unless a subclass says otherwise.
     - `is_fisher`: is H the Fisher information of the sampler's distribution?
 
     Raises:
 
     - `TypeError`: in the methods, where the function returns no floating-point numbers.
+    - `ValueError`: likewise, where it returns more values than the prediction has entries, or
+      cannot be differentiated twice.
 
     Example:
 
@@ -123,24 +185,36 @@ class CustomLoss(Loss):
     is_fisher: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "loss_fn", _function_as_pytree(self.loss_fn, "loss_fn"))
+        for name in _FUNCTIONS:
+            object.__setattr__(self, name, _function_as_pytree(getattr(self, name), name))
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "What the function returns, times the weights; in float32 or better"
-        values = _values(self.loss_fn, _read_prediction(pred), target)
-        return weigh(values, *_weight_and_blank(values, weight, mask))
+        pred = _read_prediction(pred)
+        values = _values(self.loss_fn, pred, target)
+        w, blank = _weight_and_blank(values, weight, mask)
+        off = _without_weight(w, blank)
+        if off is None: return values
+        pred = _map_positions(_constant, pred, off & ~jnp.isfinite(values))
+        return weigh(_values(self.loss_fn, pred, target), w, blank)
+
+    @property
+    def is_likelihood(self) -> bool: return self.sampler is not None
 
     def gradient(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The gradient of the total, by reverse mode; a pytree like `pred`"
         pred, w, blank = self._read(pred, target, weight, mask)
-        return _erase_positions(jax.grad(self._weighted_sum(target, w, blank))(pred), blank)
+        gradient = _differentiated(jax.grad(self._weighted_sum(target, w, blank)), pred)
+        return _map_positions(_clear, gradient, _without_weight(w, blank))
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
-        "H jv, by forward over reverse mode; a pytree like `pred`"
+        "H jv, by automatic differentiation; a pytree like `pred`"
         pred, w, blank = self._read(pred, target, weight, mask)
-        jv = _erase_positions(_read_vector(jv, pred, "jv"), blank)
-        gradient = jax.grad(self._weighted_sum(target, w, blank))
-        return _erase_positions(jax.jvp(gradient, (pred,), (jv,))[1], blank)
+        off = _without_weight(w, blank)
+        jv = _map_positions(_clear, _read_vector(jv, pred, "jv"), off)
+        total = self._weighted_sum(target, w, blank)
+        product = _differentiated(_product_with_hessian, total, pred, jv)
+        return _map_positions(_clear, product, off)
 
     def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
         "S u, a pytree like `pred`; `ValueError` where no square root was given"
@@ -181,7 +255,7 @@ class CustomLoss(Loss):
         if product is None:
             raise ValueError(f"{which}: got None, expected ({name}, pred, target) -> product")
         pred, w, blank = self._read(pred, target, weight, mask)
-        v = _erase_positions(_read_vector(v, pred, name), blank)
+        v = _map_positions(_clear, _read_vector(v, pred, name), _without_weight(w, blank))
         weighted = lambda leaf: _weigh_square_root(leaf, w, blank)
         return jax.tree.map(weighted, product(v, pred, target))
 

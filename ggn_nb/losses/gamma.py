@@ -22,12 +22,15 @@ from ggn_nb.losses.closed_form import (
     register_loss,
     table_rows,
 )
+from .negative_binomial import gamma_factors
+from .poisson import log_factorial_excess
 
 # %% ../../nbs/losses/17_gamma.ipynb #5e38534e
 def _ratio(f, y, concentration) -> tuple[jax.Array, jax.Array]:
-    "a for each entry, and x = a y exp(−f)"
+    "a for each entry, and x = a y exp(−f), a number wherever it fits into one"
     a = along_last(concentration, f.shape, "concentration")
-    return a, a * y * jnp.exp(-f)
+    half = jnp.exp(-f / 2)
+    return a, a * (y * half * half)
 
 # %% ../../nbs/losses/17_gamma.ipynb #59b9b024
 def gamma_value(
@@ -35,9 +38,11 @@ def gamma_value(
     y: jax.Array,  # targets > 0, shape of f
     concentration: jax.Array,  # shape of the last axes of f
 ) -> jax.Array:  # shape of f
-    "a (f − log a) + log Γ(a) − (a − 1) log y + a y exp(−f), entry by entry"
-    a, x = _ratio(f, y, concentration)
-    return a * (f - jnp.log(a)) + jax.lax.lgamma(a) - (a - 1) * jnp.log(y) + x
+    "a (y/μ − 1 − log y/μ) + c(a) − log a + log y, entry by entry; c: the excess of log a!"
+    a = along_last(concentration, f.shape, "concentration")
+    log_y = jnp.log(y)
+    d = log_y - f
+    return a * (jnp.expm1(d) - d) + log_factorial_excess(a) + (log_y - jnp.log(a))
 
 # %% ../../nbs/losses/17_gamma.ipynb #8e15bee5
 def gamma_gradient(f: jax.Array, y: jax.Array, concentration: jax.Array) -> jax.Array:
@@ -58,7 +63,8 @@ def gamma_fisher(f: jax.Array, y: jax.Array | None, concentration: jax.Array) ->
 # %% ../../nbs/losses/17_gamma.ipynb #7b6bd194
 def gamma_deviation(f: jax.Array, y: jax.Array, concentration: jax.Array) -> jax.Array:
     "√(a y exp(−f))"
-    return jnp.sqrt(along_last(concentration, f.shape, "concentration") * y) * jnp.exp(-f / 2)
+    a = along_last(concentration, f.shape, "concentration")
+    return jnp.sqrt(a) * (jnp.sqrt(y) * jnp.exp(-f / 2))
 
 
 def gamma_fisher_deviation(
@@ -69,10 +75,10 @@ def gamma_fisher_deviation(
 
 # %% ../../nbs/losses/17_gamma.ipynb #d1fe66bb
 def gamma_sample(key: jax.Array, f: jax.Array, concentration: jax.Array) -> jax.Array:
-    "y ~ Gamma(a) · exp(f)/a, entry by entry; never zero"
-    a = along_last(concentration, f.shape, "concentration")
-    y = jnp.exp(jax.random.loggamma(key, a, f.shape, f.dtype) + f - jnp.log(a))
-    return jnp.maximum(y, jnp.finfo(f.dtype).tiny)
+    "y ~ Gamma(a) · exp(f)/a, entry by entry; the next float > 0 where it is none"
+    g, e = gamma_factors(key, along_last(concentration, f.shape, "concentration"))
+    half = jnp.exp((f - e) / 2)  # its square may be too small where y is not
+    return jnp.clip(half * (g * half), jnp.finfo(f.dtype).tiny, jnp.finfo(f.dtype).max)
 
 # %% ../../nbs/losses/17_gamma.ipynb #4e6f1aa8
 def _is_positive(y): return y > 0

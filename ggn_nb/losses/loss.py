@@ -45,7 +45,12 @@ class Loss(ABC):
       The loss applies it: values, gradients and H are multiplied by it, S by its square root.
     - `mask`: truth values of such a shape; where it is false, every result is exactly zero.
 
-    The flags `is_hessian`, `is_fisher` and `indexed` say what H is and whether it takes `index`.
+    A target that is given is checked by every method, by its shape and, where its numbers are
+    known, by its domain; also where only other methods need it. Under `jax.jit` the results that
+    depend on a target outside of the domain are NaN at its position.
+
+    The flags `is_hessian`, `is_fisher` and `indexed` say what H is and whether it takes `index`;
+    `is_likelihood` says that `value` is the negative log-likelihood of what `sample` draws.
 
     Raises:
 
@@ -61,6 +66,7 @@ class Loss(ABC):
 
     is_hessian: bool = True  # is H the Hessian of `value`?
     is_fisher: bool = False  # is H the mean of ∇ℓ ∇ℓᵀ at targets from `sample`?
+    is_likelihood: bool = False  # is `value` −log p(target | pred) + const. of what `sample` draws?
     indexed: bool = False  # does `hessian_mv` take `index`, the number of each sample?
 
     @abstractmethod
@@ -77,9 +83,9 @@ class Loss(ABC):
     def faults(self, pred: Any, target: Any = None, *,
                weight: Any = None, mask: Any = None,
                reads_target: bool = False) -> dict[str, jax.Array]:
-        """What is wrong with the numbers that `hessian_mv` reads: message -> truth value.
+        """What is wrong with the numbers in weight and target: message -> truth value.
 
-        With `reads_target`, also with a target that `value` and `gradient` read and H does not.
+        With `reads_target`, a target must be given, as `value` and `gradient` need it.
         """
 
     def value(self, pred: Any, target: Any = None, *,
@@ -103,7 +109,7 @@ class Loss(ABC):
         raise _not_written(self, "square_root_transpose_mv")
 
     def sample(self, key: jax.Array, pred: Any) -> Any:
-        "Targets drawn from the likelihood at `pred`. `ValueError` where there is none."
+        "Targets drawn from the distribution at `pred`. `ValueError` where there is none."
         raise _not_written(self, "sample")
 
     def counted(self, pred: Any, target: Any = None, *, mask: Any = None) -> Any:

@@ -42,12 +42,19 @@ def _by_head(losses, tree, name) -> list:
 def _given_by_head(losses, given, name) -> list:
     "A weight or mask for each head: one array serves all, a tree of heads has one for each"
     treedef = _heads_of(losses)
-    if given is None or jax.tree_util.all_leaves([given]): return [given] * treedef.num_leaves
+    if _serves_all(given): return [given] * treedef.num_leaves
+    try: parts = treedef.flatten_up_to(given)
+    except (ValueError, TypeError): parts = [given]
+    each_loss = jax.tree.leaves(losses, is_leaf=_is_loss)
+    fits = [_serves_all(part) or hasattr(loss, "losses")  # it has heads of its own
+            for loss, part in zip(each_loss, parts, strict=False)]
+    if all(fits) and len(fits) == treedef.num_leaves: return parts
     heads = jax.tree.structure(given, is_leaf=lambda x: x is None)
-    if heads != treedef:
-        expected = f"one array, or one for each of {treedef}"
-        raise ValueError(f"{name}: got heads {heads}, expected {expected}")
-    return treedef.flatten_up_to(given)
+    expected = f"one array, or one for each of {treedef}"
+    raise ValueError(f"{name}: got heads {heads}, expected {expected}")
+
+
+def _serves_all(given) -> bool: return given is None or jax.tree_util.all_leaves([given])
 
 # %% ../../nbs/losses/30_multi_head.ipynb #b5000003
 def _each_head(losses, pred, target, weight, mask) -> Iterator[tuple]:
@@ -81,7 +88,8 @@ class MultiHeadLoss(Loss):
     Arguments:
 
     - `losses`: a pytree of `Loss`es.
-    - `scales`: a tuple of scalars c_k ≥ 0, one for each head, in the order of the tree's leaves.
+    - `scales`: a tuple of scalars c_k ≥ 0, one for each head, in the order of the tree's leaves;
+      None: all are 1.
 
     Raises:
 
@@ -99,37 +107,41 @@ class MultiHeadLoss(Loss):
     """
 
     losses: Any
-    scales: tuple[jax.Array, ...]
+    scales: tuple[jax.Array, ...] | None = None
 
     @property
     def is_hessian(self) -> bool: return all(loss.is_hessian for loss in self._leaves)
 
     @property
     def is_fisher(self) -> bool:
-        return all(loss.is_fisher for loss in self._leaves) and all(map(_is_one, self.scales))
+        return all(loss.is_fisher for loss in self._leaves) and self._unscaled
+
+    @property
+    def is_likelihood(self) -> bool:
+        return all(loss.is_likelihood for loss in self._leaves) and self._unscaled
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The values of each head, times its c"
-        return self._scaled("value", self.scales, pred, target, weight, mask)
+        return self._scaled("value", pred, target, weight, mask)
 
     def gradient(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The gradient, shaped like `pred`"
-        return self._scaled("gradient", self.scales, pred, target, weight, mask)
+        return self._scaled("gradient", pred, target, weight, mask)
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
         "H jv, shaped like `pred`"
         vectors = _by_head(self.losses, jv, "jv")
-        return self._scaled("hessian_mv", self.scales, pred, target, weight, mask, vectors)
+        return self._scaled("hessian_mv", pred, target, weight, mask, vectors)
 
     def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> Any:
         "S u, shaped like `pred`"
         vectors = _by_head(self.losses, u, "u")
-        return self._scaled("square_root_mv", self._roots, pred, target, weight, mask, vectors)
+        return self._scaled("square_root_mv", pred, target, weight, mask, vectors)
 
     def square_root_transpose_mv(self, v, pred, target=None, *, weight=None, mask=None) -> Any:
         "Sᵀ v, shaped like `pred`"
         vectors, method = _by_head(self.losses, v, "v"), "square_root_transpose_mv"
-        return self._scaled(method, self._roots, pred, target, weight, mask, vectors)
+        return self._scaled(method, pred, target, weight, mask, vectors)
 
     def sample(self, key, pred) -> Any:
         "A target for each head, drawn independently"
@@ -162,16 +174,18 @@ class MultiHeadLoss(Loss):
     def _leaves(self) -> list[Loss]: return jax.tree.leaves(self.losses, is_leaf=_is_loss)
 
     @property
-    def _roots(self) -> list[jax.Array]: return [root(scale) for scale in self.scales]
+    def _unscaled(self) -> bool: return self.scales is None or all(map(_is_one, self.scales))
 
     def _tree(self, heads) -> Any: return jax.tree.unflatten(_heads_of(self.losses), heads)
 
-    def _scaled(self, method, scales, pred, target, weight, mask, vectors=None) -> Any:
-        "A method of each head's loss, times a number"
-        leading = [()] * len(scales) if vectors is None else [(v,) for v in vectors]
-        each = _each_head(self.losses, pred, target, weight, mask)
+    def _scaled(self, method, pred, target, weight, mask, vectors=None) -> Any:
+        "A method of each head's loss, times c, or √c for a square root"
+        each = list(_each_head(self.losses, pred, target, weight, mask))
+        leading = [()] * len(each) if vectors is None else [(v,) for v in vectors]
         results = [getattr(loss, method)(*v, f, y, weight=w, mask=m)
                    for v, (loss, f, y, w, m) in zip(leading, each, strict=True)]
+        if self.scales is None: return self._tree(results)
+        scales = map(root, self.scales) if method.startswith("square_root") else self.scales
         return self._tree([_multiplied(c, r) for c, r in zip(scales, results, strict=True)])
 
 # %% ../../nbs/losses/30_multi_head.ipynb #12593e76
@@ -184,15 +198,11 @@ def _read_losses(losses: Any) -> Any:
     return losses
 
 
-def _read_scales(losses: Any, weights: Any) -> tuple[jax.Array, ...]:
-    "A number ≥ 0 for each head"
-    count = _heads_of(losses).num_leaves
-    scales = [1.0] * count if weights is None else _by_head(losses, weights, "weights")
-    scales = tuple(as_option(scale, "weights", positive=False) for scale in scales)
-    for scale in scales:
-        if scale.shape:
-            raise ValueError(f"weights: got shape {scale.shape}, expected one number for each head")
-    return scales
+def _read_scales(losses: Any, weights: Any) -> tuple[jax.Array, ...] | None:
+    "A number ≥ 0 for each head, or None"
+    if weights is None: return None
+    read = partial(as_option, name="weights", positive=False, single=True)
+    return tuple(map(read, _by_head(losses, weights, "weights")))
 
 # %% ../../nbs/losses/30_multi_head.ipynb #b5000006
 def multi_head(losses: Any, weights: Any = None) -> MultiHeadLoss:

@@ -21,7 +21,7 @@ from ggn_nb.losses.closed_form import (
     register_loss,
     table_rows,
 )
-from .poisson import COUNTS, draw_counts
+from .poisson import COUNTS, draw_counts, log_factorial_excess, log_ratio
 
 # %% ../../nbs/losses/16_negative_binomial.ipynb #f52be19c
 def _log_odds(f, concentration) -> tuple[jax.Array, jax.Array]:
@@ -30,15 +30,26 @@ def _log_odds(f, concentration) -> tuple[jax.Array, jax.Array]:
     return r, f - jnp.log(r)
 
 # %% ../../nbs/losses/16_negative_binomial.ipynb #fb7e9998
+def _deviance(f, y, r) -> jax.Array:
+    "Half the deviance, (y + r) log((r + μ)/(r + y)) − y log μ/y, without cancellation near μ = y"
+    d, near = log_ratio(f, y)
+    sign, less = jnp.where(y < r, 1, -1).astype(f.dtype), jnp.minimum(y, r)
+    z = sign * (f - jnp.log(r))
+    step = sign * d
+    close = jnp.log1p(less / (y + r) * jnp.expm1(jnp.where(near, step, 0)))
+    apart = jax.nn.softplus(z) - jax.nn.softplus(z - step)
+    return (y + r) * jnp.where(near, close, apart) - less * step
+
+
 def negative_binomial_value(
     f: jax.Array,  # logarithm of the mean, any shape
     y: jax.Array,  # counts ≥ 0, shape of f
     concentration: jax.Array,  # shape of the last axes of f
 ) -> jax.Array:  # shape of f
     "−log of Γ(y + r) / (Γ(r) y!) q^y (1 − q)^r, entry by entry"
-    r, z = _log_odds(f, concentration)
-    constant = jax.lax.lgamma(y + 1) + jax.lax.lgamma(r) - jax.lax.lgamma(y + r)
-    return y * jax.nn.softplus(-z) + r * jax.nn.softplus(z) + constant
+    r, _ = _log_odds(f, concentration)
+    c = log_factorial_excess
+    return _deviance(f, y, r) + (c(y) + (c(r) - c(y + r) + jnp.log1p(y / r)))
 
 # %% ../../nbs/losses/16_negative_binomial.ipynb #4bc75193
 def negative_binomial_gradient(f: jax.Array, y: jax.Array, concentration: jax.Array) -> jax.Array:
@@ -75,12 +86,22 @@ def negative_binomial_fisher_deviation(
     return jnp.sqrt(r) * jnp.exp(jax.nn.log_sigmoid(z) / 2)
 
 # %% ../../nbs/losses/16_negative_binomial.ipynb #6cc4162f
+def gamma_factors(
+    key: jax.Array,
+    a: jax.Array,  # concentrations > 0
+) -> tuple[jax.Array, jax.Array]:  # g and e
+    "A gamma variable of mean 1 and variance 1/a, as g exp(−e): exp(−e) alone may be too small"
+    body, power = jax.random.split(key)
+    g = jax.random.gamma(body, a + 1, a.shape, a.dtype) / a
+    return g, jax.random.exponential(power, a.shape, a.dtype) / a
+
+# %% ../../nbs/losses/16_negative_binomial.ipynb #16a00003
 def negative_binomial_sample(key: jax.Array, f: jax.Array, concentration: jax.Array) -> jax.Array:
     "Counts with mean exp(f) and variance μ + μ²/r, as whole numbers in the dtype of f"
-    r, z = _log_odds(f, concentration)
+    r = along_last(concentration, f.shape, "concentration")
     rate_key, count_key = jax.random.split(key)
-    rate = jax.random.gamma(rate_key, r, f.shape, f.dtype) * jnp.exp(z)
-    return draw_counts(count_key, rate)
+    g, e = gamma_factors(rate_key, r)
+    return draw_counts(count_key, g * jnp.exp(f - e))
 
 # %% ../../nbs/losses/16_negative_binomial.ipynb #bd1ec75d
 _FORMULAS = {

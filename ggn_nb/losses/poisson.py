@@ -6,6 +6,8 @@
 __all__ = ['poisson']
 
 # %% ../../nbs/losses/15_poisson.ipynb #34f21d44
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -19,12 +21,33 @@ from ggn_nb.losses.closed_form import (
 )
 
 # %% ../../nbs/losses/15_poisson.ipynb #ce115366
+def log_factorial_excess(
+    x: jax.Array,  # numbers ≥ 0
+) -> jax.Array:  # shape of x
+    "log Γ(x + 1) − x log x + x ≥ 0, for large x by its series; exactly 0 at 0"
+    small, large = jnp.where(x < 15, jnp.where(x == 0, 1, x), 1), jnp.maximum(x, 15)
+    near = jax.lax.lgamma(small + 1) - small * jnp.log(small) + small
+    i, series = 1 / large, 0.0
+    for c in (-691 / 360360, 1 / 1188, -1 / 1680, 1 / 1260, -1 / 360, 1 / 12):
+        series = series * i**2 + c
+    far = jnp.log(large) / 2 + (math.log(2 * math.pi) / 2 + series * i)
+    return jnp.where(x == 0, 0, jnp.where(x < 15, near, far))
+
+# %% ../../nbs/losses/15_poisson.ipynb #15a00002
+def log_ratio(f: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    "log μ/y = f − log y, where y = 0 is a number just above it; and is the ratio near 1?"
+    d = f - jnp.log(jnp.maximum(y, jnp.finfo(f.dtype).tiny))
+    return d, jnp.abs(d) < 1
+
+# %% ../../nbs/losses/15_poisson.ipynb #15a00004
 def poisson_value(
     f: jax.Array,  # logarithm of the rate, any shape
     y: jax.Array,  # counts ≥ 0, shape of f
 ) -> jax.Array:  # shape of f
-    "exp(f) − y f + log Γ(y + 1), entry by entry"
-    return jnp.exp(f) - y * f + jax.lax.lgamma(y + 1)
+    "exp(f) − y f + log Γ(y + 1), entry by entry, as μ − y − y log μ/y and the excess of log y!"
+    d, near = log_ratio(f, y)
+    growth = jnp.where(near, y * jnp.expm1(jnp.where(near, d, 0)), jnp.exp(f) - y)
+    return growth - y * d + log_factorial_excess(y)
 
 # %% ../../nbs/losses/15_poisson.ipynb #d885b0bd
 def poisson_gradient(f: jax.Array, y: jax.Array) -> jax.Array:
@@ -46,9 +69,13 @@ def draw_counts(
     key: jax.Array,
     rate: jax.Array,  # ≥ 0, any shape
 ) -> jax.Array:  # shape and dtype of rate
-    "y ~ Poisson(rate); rates beyond the largest integer count as that integer"
-    most = float(jnp.iinfo(jnp.result_type(int)).max)
-    return jax.random.poisson(key, jnp.minimum(rate, most), rate.shape).astype(rate.dtype)
+    "y ~ Poisson(rate); from 4096 on as a normal number, corrected for its skewness and rounded"
+    few, many = jax.random.split(key)
+    near = jax.random.poisson(few, jnp.minimum(rate, 4096), rate.shape).astype(rate.dtype)
+    large = jnp.minimum(rate, jnp.finfo(rate.dtype).max)
+    n = jax.random.normal(many, rate.shape, rate.dtype)
+    far = jnp.round(large + (jnp.sqrt(large) * n + (jnp.square(n) - 1) / 6))
+    return jnp.where(rate < 4096, near, far)
 
 
 def poisson_sample(key: jax.Array, f: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from ggn_nb.losses.closed_form import (
     register_loss,
     table_rows,
 )
+from .negative_binomial import gamma_factors
 
 # %% ../../nbs/losses/18_student_t.ipynb #e6bb294b
 def _folded(
@@ -30,10 +31,11 @@ def _folded(
     scale: jax.Array,  # shape of the last axes of f
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # t in [−1, 1], log max(1, |q|), and: is |q| > 1?
     "The residual q = (f − y) / σ√ν, folded at ±1 so that its square is a number"
-    q = (f - y) / _width(f, df, scale)
-    far = jnp.abs(q) > 1
-    safe = jnp.where(far, q, 1)  # no division by zero, nor a derivative of one
-    return jnp.where(far, 1 / safe, q), jnp.log(jnp.abs(safe)), far
+    r, width = f - y, _width(f, df, scale)
+    far = jnp.abs(r) > width
+    safe = jnp.where(far, r, width)  # no division by zero, nor a derivative of one
+    log_q = jnp.log(jnp.abs(safe)) - jnp.log(width)
+    return jnp.where(far, width / safe, r / width), log_q, far
 
 
 def _width(f, df, scale) -> jax.Array:
@@ -44,12 +46,12 @@ def _width(f, df, scale) -> jax.Array:
 def _log_gamma_step(
     x: jax.Array,  # positive numbers
 ) -> jax.Array:  # shape of x
-    "log Γ(x + ½) − log Γ(x), without cancellation for large x"
+    "log Γ(x + ½) − log Γ(x) − ½ log x, without cancellation for large x"
     large, small = jnp.maximum(x, 15), jnp.minimum(x, 15)
     i = 1 / large
-    series = jnp.log(large) / 2 - i / 8 + i**3 / 192 - i**5 / 640 + 17 * i**7 / 14336
+    series = -i / 8 + i**3 / 192 - i**5 / 640 + 17 * i**7 / 14336
     difference = jax.scipy.special.gammaln(small + 0.5) - jax.scipy.special.gammaln(small)
-    return jnp.where(x > 15, series, difference)
+    return jnp.where(x > 15, series, difference - jnp.log(small) / 2)
 
 # %% ../../nbs/losses/18_student_t.ipynb #9e9149d3
 def student_t_value(
@@ -61,7 +63,8 @@ def student_t_value(
     "½ (ν + 1) log(1 + r² / νσ²) and the constants of the density, entry by entry"
     t, log_q, _ = _folded(f, y, df, scale)
     nu = along_last(df, f.shape, "df")
-    constant = jnp.log(jnp.pi) / 2 + jnp.log(_width(f, df, scale)) - _log_gamma_step(nu / 2)
+    sigma = along_last(scale, f.shape, "scale")
+    constant = jnp.log(2 * jnp.pi) / 2 + jnp.log(sigma) - _log_gamma_step(nu / 2)
     return (nu + 1) * (jnp.log1p(jnp.square(t)) / 2 + log_q) + constant
 
 # %% ../../nbs/losses/18_student_t.ipynb #06436507
@@ -95,9 +98,13 @@ def student_t_deviation(
 
 # %% ../../nbs/losses/18_student_t.ipynb #bc1a6168
 def student_t_sample(key: jax.Array, f: jax.Array, df: jax.Array, scale: jax.Array) -> jax.Array:
-    "y = f + σ t with ν degrees of freedom, entry by entry"
-    noise = jax.random.t(key, along_last(df, f.shape, "df"), f.shape, f.dtype)
-    return f + along_last(scale, f.shape, "scale") * noise
+    "y = f + σ t with ν degrees of freedom, entry by entry; the largest float where it is none"
+    noise_key, width_key = jax.random.split(key)
+    g, e = gamma_factors(width_key, along_last(df, f.shape, "df") / 2)
+    normal, half = jax.random.normal(noise_key, f.shape, f.dtype), jnp.exp(e / 4)
+    t = jnp.nan_to_num(normal / jnp.sqrt(g) * half * half)  # 0 where the normal number is 0
+    most = jnp.finfo(f.dtype).max
+    return jnp.clip(f + along_last(scale, f.shape, "scale") * t, -most, most)
 
 # %% ../../nbs/losses/18_student_t.ipynb #f43c9514
 _FORMULAS = {

@@ -60,20 +60,10 @@ def _name_batch(batch: Any) -> Samples:
                          "expected a pair (input, target) or a mapping")
     return Samples(*batch)
 
-# %% ../../nbs/operators/01_batches.ipynb #7e14c336
-def _is_column(x: Any) -> bool:
-    "Is `x` a list of numbers, or of lists of numbers, and not of arrays?"
-    if not isinstance(x, list): return False
-    first = x
-    while isinstance(first, list) and first: first = first[0]
-    return isinstance(first, bool | int | float | complex | np.generic | list)
-
 # %% ../../nbs/operators/01_batches.ipynb #ad54f44b
 def read_batch(batch: Any) -> Samples:
     "A mapping, or a pair (input, target), as `Samples` of NumPy or JAX arrays"
-    samples = map_named(_read_leaf, _name_batch(batch), is_leaf=_is_column)
-    count_samples(samples, Samples._fields)
-    return samples
+    return map_named(_read_leaf, _name_batch(batch))
 
 
 def _read_leaf(leaf, name) -> np.ndarray | jax.Array:
@@ -81,13 +71,36 @@ def _read_leaf(leaf, name) -> np.ndarray | jax.Array:
     check_dtype(leaf.dtype, name, "an array of JAX")
     return leaf
 
+# %% ../../nbs/operators/01_batches.ipynb #f786b6b3
+def common_length(samples: Samples, required: bool) -> int | None:
+    "The length N ≥ 1 of all leading axes; None, or `ValueError`, where they have several"
+    lengths = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(samples)}
+    several = len(lengths) > 1 or () in lengths
+    return None if several and not required else count_samples(samples, Samples._fields)
+
 # %% ../../nbs/operators/01_batches.ipynb #b06834bf
-def read_batches(batches: Iterable) -> Iterator[Samples]:
+def read_batches(
+    batches: Iterable,
+    *,
+    one_length: bool = True,  # must all parts of a batch have the same?
+) -> Iterator[Samples]:
     "Each of `batches` as `read_batch` reads it"
+    first = None
     for number, batch in enumerate(batches):
-        try: samples = read_batch(batch)
+        try:
+            samples = read_batch(batch)
+            common_length(samples, one_length)
+            _check_index(samples, first or samples)
         except (TypeError, ValueError) as e: raise type(e)(f"batch {number}: {e}") from e
+        first = first or samples._replace(input=None, target=None)
         yield samples
+
+
+def _check_index(samples, first) -> None:
+    "Raise `ValueError` where one of two batches is numbered and the other is not"
+    if (samples.index is None) != (first.index is None):
+        got = "none" if samples.index is None else "one"
+        raise ValueError(f"data['index']: got {got}, expected one in all batches, or in no batch")
 
 # %% ../../nbs/operators/01_batches.ipynb #08ba1b05
 def _pad_rows(
@@ -96,8 +109,11 @@ def _pad_rows(
 ) -> np.ndarray | jax.Array:  # (rows, …), on the device of `leaf`
     "`leaf`, with its first row repeated at the end"
     if len(leaf) == rows: return leaf
-    added = np.repeat(leaf[:1], rows - len(leaf), axis=0)
-    padded = np.concatenate([leaf, added])
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        padded = _pad_rows(jax.random.key_data(leaf), rows)
+        return jax.random.wrap_key_data(padded, impl=jax.random.key_impl(leaf))
+    host = jax.device_get(leaf)
+    padded = np.concatenate([host, np.repeat(host[:1], rows - len(host), axis=0)])
     if isinstance(leaf, np.ndarray): return padded
     return jax.device_put(padded, leaf.sharding if leaf.committed else None)
 
@@ -108,16 +124,19 @@ def put_on_device(
     pad: bool = True,  # fill a batch up to the number of rows of the first one?
 ) -> Iterator[Batch]:
     "`batches` as JAX arrays, with the rows that count and the number of the first sample"
-    start = at_least = 0
+    start, at_least = 0, 0
     for samples in batches:
-        rows = count_samples(samples, Samples._fields)
+        rows = common_length(samples, required=pad)
+        if rows is None: start = None
         if pad: at_least = at_least or rows
-        yield _make_batch(samples, rows, max(rows, at_least), start)
-        start += rows
+        yield _make_batch(samples, rows, at_least, start)
+        if start is not None: start += rows
 
 
-def _make_batch(samples, rows, size, start) -> Batch:
-    "A batch of `size` rows, of which the first `rows` count"
+def _make_batch(samples, rows, at_least, start) -> Batch:
+    "A batch of at least so many rows, of which the first `rows` count; None: that is not known"
+    if rows is None: return Batch(jax.device_put(samples), None, start)
+    size = max(rows, at_least)
     padded = jax.tree.map(partial(_pad_rows, rows=size), samples)
     return Batch(*jax.device_put((padded, np.arange(size) < rows)), start)
 
@@ -127,15 +146,16 @@ def masked_samples(
     *,
     numbered: bool,  # give them an index, unless they have one?
 ) -> Samples:
-    "The samples of a batch, of which the rows that were added are masked out"
+    "The samples of a batch, of which the rows that were added are masked out in every head"
     join = partial(_join_counted, batch.counted)
-    mask = batch.counted if batch.samples.mask is None else jax.tree.map(join, batch.samples.mask)
+    mask = jax.tree.map(join, batch.samples.mask, is_leaf=lambda mask: mask is None)
     samples = batch.samples._replace(mask=mask)
     return number_samples(samples, batch.start) if numbered else samples
 
 
 def _join_counted(counted, mask) -> jax.Array:
-    "What of `mask` is in rows that count"
+    "What of `mask`, or of everything if it is None, is in rows that count"
+    if mask is None: return counted
     if mask.shape[:1] != counted.shape:
         raise ValueError(f"data['mask']: got shape {mask.shape}, expected {counted.size} rows")
     return mask & counted.reshape(-1, *[1] * (mask.ndim - 1))

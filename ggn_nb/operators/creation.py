@@ -18,12 +18,14 @@ import jax.numpy as jnp
 from ..losses.loss import Loss, check_reduction
 from ..losses.weights import raise_faults
 from .curvature import Curvature, Problem, on_samples
+from .models import check_model
 from .policies import Linearize, check_linearize
 from .samples import Samples, count_samples, read_samples
 from .streamed import Streamed, on_stream
 from .streams import Stream
-from ..tools.arrays import as_array, function_as_pytree, register_pytree, working_dtype
+from ..tools.arrays import as_array, register_pytree, working_dtype
 from ..tools.checks import check_floating, check_like, check_scalar, check_size
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/operators/14_creation.ipynb #823d56c2
 class ProblemOptions(TypedDict, total=False):
@@ -77,6 +79,7 @@ def make_problem(
     linearize: Linearize | None = "recomputed",
 ) -> Problem:
     "A problem from checked arguments; its arrays are taken over as they are now"
+    check_model(model_fn, params)
     check_floating(params, "params")
     check_scalar(factor, "factor")
     batch_size = check_size(batch_size, "batch_size")
@@ -162,7 +165,7 @@ def _check_scale(scale: _Scale) -> None:
                          "a mean divides by the sum of the weights")
 
 # %% ../../nbs/operators/14_creation.ipynb #42a8a45e
-def _factor_of(scale: _Scale, num_samples: int, weights: Any) -> tuple[jax.Array, Any]:
+def _factor_of(scale: _Scale, num_samples: int | None, weights: Any) -> tuple[jax.Array, Any]:
     "The factor, and for a mean over several heads the scale of each; else None"
     total = scale.num_total_samples
     if scale.reduction == "mean":
@@ -170,7 +173,9 @@ def _factor_of(scale: _Scale, num_samples: int, weights: Any) -> tuple[jax.Array
         return _mean_factor(1 if total is None else total, weights)
     if total is None: return _ratio(1, 1), None
     curv = num_samples if scale.num_curv_samples is None else scale.num_curv_samples
-    return _ratio(total, curv), None
+    if curv is not None: return _ratio(total, curv), None
+    raise ValueError("num_curv_samples: got None, expected a number with num_total_samples, since "
+                     "parts of a batch differ in length")
 
 
 def _mean_factor(total: Any, weights: Any) -> tuple[jax.Array, Any]:

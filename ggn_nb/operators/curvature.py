@@ -21,18 +21,24 @@ from ..losses.weights import raise_faults
 from .chunks import check_rows, map_over_chunks, sum_over_chunks
 from .convolutions import channels_last
 from .layout import Layout, layout_of
+from .models import call_model
 from ggn_nb.operators.operator import (
     Operator, bytes_of, on_this_shard, product, register_operator, scale_tree, structure_of,
 )
-from .policies import Linearize, checkpoint_policy
+from ggn_nb.operators.linearization import (
+    explaining_model_errors, linearize_at, trimmed,
+)
+from .policies import Linearize
 from ggn_nb.operators.samples import (
-    Samples, cast_like, count_samples, counting_samples, harmless_inputs, number_samples, wide_dtype,
-    widen,
+    Samples, cast_like, count_samples, counting_samples, harmless_inputs, number_samples,
+    wide_dtype, widen,
 )
 from ggn_nb.tools.arrays import (
     as_array, register_pytree, sum_entries, vary_over, varying_axes,
 )
 from ..tools.checks import check_like
+from ..tools.functions import with_whole_functions
+from ..tools.programs import program
 
 # %% ../../nbs/operators/12_curvature.ipynb #71f6d851
 _IN_HALF_PRECISION = 256  # samples whose sum the compiler may take in half precision
@@ -57,6 +63,11 @@ class Problem:
     @property
     def num_params(self) -> int: return sum(p.size for p in jax.tree.leaves(self.params))
 
+    def at(self, params: Any) -> "Problem":
+        "The same problem at other parameters, which are taken over as they are now"
+        check_like(params, structure_of(self.params), "params", "the operator's parameters")
+        return replace(self, params=jax.tree.map(as_array, params))
+
     @property
     def samples_at_once(self) -> int | None:
         "How many samples each device takes at once; None: all"
@@ -73,14 +84,13 @@ class Problem:
     def predict(self, inputs: Any) -> Callable:
         "params, in float32 or better -> predictions for all samples, chunk by chunk"
         def one(params, x):
-            return self.model_fn(input=x, params=cast_like(params, self.params))
+            return call_model(self.model_fn, x, cast_like(params, self.params))
         all_at_once = jax.vmap(one, in_axes=(None, 0)) if self.vmap_over_data else one
         return lambda params: map_over_chunks(all_at_once, params, inputs, self.samples_at_once)
 
     def linearize_at_params(self, fn: Callable) -> tuple[Any, Callable]:
         "`fn` at the parameters, and its derivative, with the intermediates that the policy stores"
-        policy = checkpoint_policy(self.linearize)
-        return jax.linearize(jax.checkpoint(fn, policy=policy, prevent_cse=False), widen(self.params))
+        return linearize_at(widen(self.params), fn, self.linearize)
 
     def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options) -> Any:
         "A method of the loss, for each sample or for all at once: as the model is called"
@@ -93,7 +103,8 @@ class Problem:
 
     def scale_heads(self, tree: Any) -> Any:
         "Each head of `tree`, shaped like a prediction, times its scale, in its own dtype"
-        return tree if self.head_scales is None else jax.tree.map(scale_tree, self.head_scales, tree)
+        if self.head_scales is None: return tree
+        return jax.tree.map(scale_tree, self.head_scales, tree)
 
     def times_factor(self, total: Any) -> Any:
         "factor · total, a sum over all samples, in the dtypes of the parameters"
@@ -253,9 +264,7 @@ class Curvature(Operator):
 
         - `ValueError`, `TypeError`: the tree's structure, a shape or a dtype is another.
         """
-        check_like(params, self.structure, "params", "the operator's parameters")
-        problem = replace(self.problem, params=jax.tree.map(as_array, params))
-        moved = replace(self, problem=problem)
+        moved = replace(self, problem=self.problem.at(params))
         return moved if self.linearization is None else moved.linearized()
 
     def _in_shard_map(self, axes: frozenset[str]) -> "Curvature":
@@ -272,7 +281,7 @@ class Curvature(Operator):
         return operator
 
     def __reduce__(self) -> tuple:
-        "How `pickle` and `copy` make the operator anew: without what it stores, which is recomputed"
+        "How `pickle` and `copy` make it anew: what is stored is left out, and computed again"
         made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return _made_anew, (type(self), made_of, self.linearization is not None)
 
@@ -300,11 +309,14 @@ def _apart(tree: Any) -> Any:
     return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
-@jax.jit
+@program
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
     problem, samples = _apart((operator.problem, operator.samples))
-    return on_each_device(problem, type(operator).linearize)(problem, samples)
+    def linearize(problem, samples):
+        linearization = type(operator).linearize(problem, samples)
+        return trimmed(linearization, (problem, samples))
+    return on_each_device(problem, linearize)(problem, samples)
 
 
 def _multiply(operator: Curvature, vec: Any) -> Any:
@@ -333,14 +345,15 @@ def _sum_from_scratch(operator: Curvature, vec: Any) -> Any:
 def _sum_linearized(operator: Curvature, vec: Any) -> Any:
     kind, layout = type(operator), operator.problem.layout
     def multiply(whole, split):
-        (problem, vec), (linearization, samples) = whole, split
-        return kind.product(problem, layout.local_part(linearization), samples, vec)
+        (problem, vec), (stored, samples) = whole, split
+        linearization = layout.local_part(stored).filled((problem, samples))
+        return kind.product(problem, linearization, samples, vec)
     split = (operator.linearization, operator.samples)
     parts = on_each_device(operator.problem, multiply)((operator.problem, vec), split)
     return layout.sum_over_devices(parts)
 
 # %% ../../nbs/operators/12_curvature.ipynb #a1a196cb
-@partial(jax.jit, static_argnums=(0, 3))
+@partial(program, static_argnums=(0, 3))
 def inspect_samples(
     kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool
 ) -> tuple:  # message -> how often; the sum of the weights for each head, if `weigh`
@@ -363,6 +376,10 @@ def _inspect_chunk(kind, problem, samples, weigh) -> tuple[dict[str, jax.Array],
 # %% ../../nbs/operators/12_curvature.ipynb #c5a20003
 def check_product(operator: Curvature) -> None:
     "Raise `ValueError` where JAX has no product for the model: shapes alone are evaluated"
+    with explaining_model_errors(): _trace_product(operator)
+
+
+def _trace_product(operator: Curvature) -> None:
     if operator.problem.linearize != "recomputed":
         operator = operator._with_linearization(_linearize.eval_shape(operator))
     product.eval_shape(operator, operator.structure)
@@ -379,7 +396,7 @@ def _check_chunks(operator: Curvature) -> None:
     raise_faults(_depends_on_others(operator, rows))
 
 
-@jax.jit
+@program
 def _depends_on_others(operator: Curvature, rows: jax.Array) -> dict[str, jax.Array]:
     "Do the results for some samples depend on which others are there? message -> is it so?"
     kind, problem = type(operator), replace(operator.problem, batch_size=None)
@@ -417,12 +434,12 @@ def _without_blank_inputs(samples: Samples) -> Samples:
     return (_replace_if_not_finite if traced else _replace_if_blank)(samples)
 
 
-@jax.jit
+@program
 def _replace_if_blank(samples: Samples) -> Samples:
     return harmless_inputs(samples, counting_samples(samples))
 
 
-@jax.jit
+@program
 def _replace_if_not_finite(samples: Samples) -> Samples:
     "Those that are masked, and those that have weight 0 and an input that is not finite"
     unmasked = counting_samples(samples._replace(weight=None))
@@ -447,7 +464,8 @@ def on_samples(
     samples = _read_rows(problem, samples)
     split = samples if problem.vmap_over_data else None
     problem = replace(problem, layout=layout_of(problem.params, problem, split))
-    faults, weights = inspect_samples(kind, problem, samples, weigh)
+    inspect = lambda problem: inspect_samples(kind, problem, samples, weigh)
+    problem, (faults, weights) = with_whole_functions(inspect, problem)
     raise_faults(faults)
     if problem.vmap_over_data: samples = _without_blank_inputs(samples)
     operator = kind(problem, samples)

@@ -8,7 +8,7 @@ __all__ = ['Fisher', 'create_fisher_mv_without_data', 'create_fisher_mv']
 # %% ../../nbs/operators/22_fisher.ipynb #6b2efb6a
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar, Literal, Unpack
 
 import jax
@@ -76,6 +76,29 @@ class _ScoreProducts(_Scores):
         "Those of the loss and its gradient"
         return self.loss.faults(pred, target, weight=weight, mask=mask, reads_target=True)
 
+# %% ../../nbs/operators/22_fisher.ipynb #5fcbd68f
+def _is_typed(key: Any) -> bool:
+    "Is `key` an array of JAX's own key type?"
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+
+
+def _check_key(key: Any) -> None:
+    "Raise `TypeError` or `ValueError` unless `key` is one random key, of JAX's type or raw"
+    expected = "expected one JAX random key such as jax.random.key(0)"
+    if key is None: raise ValueError(f"key: got None, {expected}, for kind='monte_carlo'")
+    if not isinstance(key, jax.Array | np.ndarray): raise TypeError(f"key: got {key!r}, {expected}")
+    if not _is_typed(key) and key.dtype != np.uint32:
+        raise TypeError(f"key: got dtype {key.dtype}, {expected}")
+    if key.shape not in ([()] if _is_typed(key) else [(2,), (4,)]):
+        raise ValueError(f"key: got shape {key.shape} and dtype {key.dtype}, {expected}")
+
+
+def _threefry_key(key: jax.Array | np.ndarray) -> jax.Array:
+    "A Threefry key is itself; of any other, the words are folded into one"
+    words = jax.random.key_data(key) if _is_typed(key) else jnp.asarray(key)
+    if words.shape == (2,): return jax.random.wrap_key_data(words, impl="threefry2x32")
+    return reduce(jax.random.fold_in, words.reshape(-1), jax.random.key(0, impl="threefry2x32"))
+
 # %% ../../nbs/operators/22_fisher.ipynb #ffe99802
 @partial(register_pytree, data_fields=["loss", "key"], meta_fields=["whole_batch", "num_samples"])
 @dataclass(frozen=True, eq=False)
@@ -100,9 +123,69 @@ class _SampledScoreProducts(_Scores):
             return jax.tree.map(lambda p: jnp.mean(p, axis=0), products)
         return _for_each_sample(one, self.whole_batch)(jv, pred, target, weight, mask, index)
 
+    def weight_sum(self, pred, target=None, **given) -> Any:
+        "That of the loss, which may want a target where there is none"
+        return super().weight_sum(pred, self._with_draws(pred, target), **given)
+
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict:
-        "Those of the loss"
-        return self.loss.faults(pred, target, weight=weight, mask=mask)
+        "Those of the loss; nothing is wrong with a target that is not there"
+        target, missing = self._with_draws(pred, target), _is_missing(target)
+        found = self.loss.faults(pred, target, weight=weight, mask=mask)
+        if not missing: return found
+        return {what: so for what, so in found.items() if not what.startswith("target")}
+
+    def _with_draws(self, pred, target) -> Any:
+        "`target`, with draws where it has none"
+        if not _is_missing(target): return target
+        fill = lambda given, drawn: drawn if given is None else given
+        drawn = self.loss.sample(self.key, pred)
+        return jax.tree.map(fill, target, drawn, is_leaf=lambda given: given is None)
+
+
+def _is_missing(target: Any) -> bool:
+    "Has the target, or that of a head, been left out?"
+    return any(leaf is None for leaf in jax.tree.leaves(target, is_leaf=lambda leaf: leaf is None))
+
+# %% ../../nbs/operators/22_fisher.ipynb #b0416d37
+def _is_loss(x: Any) -> bool: return isinstance(x, Loss)
+
+
+def _heads(loss: Loss) -> list[Loss]:
+    "The losses of single heads that `loss` is made of"
+    if not isinstance(loss, MultiHeadLoss): return [loss]
+    parts = jax.tree.leaves(loss.losses, is_leaf=_is_loss)
+    return [head for part in parts for head in _heads(part)]
+
+
+def _check_fisher(loss: Loss) -> Loss:
+    "`loss`, if the H of each head is the Fisher information, which the head's weight multiplies"
+    for head in _heads(loss):
+        if not head.is_fisher:
+            raise ValueError("kind: got 'exact', expected a loss whose H is the Fisher "
+                             f"information, which that of {head!r} is not; {_remedy(head)}")
+    return loss
+
+
+def _remedy(loss: Loss) -> str:
+    "What to do with a loss whose H is not the Fisher information"
+    if not loss.is_likelihood: return _NO_LIKELIHOOD
+    choice = getattr(loss, "curvature", None) == "hessian"
+    return ("take its curvature='fisher', or " if choice else "take ") + "kind='monte_carlo'"
+
+
+_NO_LIKELIHOOD = (
+    "it is no negative log-likelihood that can be sampled: take create_ggn_mv, or the loss without "
+    "class weights and smoothing (weights go into data['weight']), or a CustomLoss with a sampler")
+
+# %% ../../nbs/operators/22_fisher.ipynb #50fa2627
+def _with_root_scales(loss: Loss) -> Loss:
+    "`loss`, if each head is a likelihood, with √c for its weight c: its scores enter twice"
+    if isinstance(loss, MultiHeadLoss):
+        heads = jax.tree.map(_with_root_scales, loss.losses, is_leaf=_is_loss)
+        return MultiHeadLoss(heads, jax.tree.map(root, loss.scales))
+    if loss.is_likelihood: return loss
+    raise ValueError("kind: got 'monte_carlo', expected a negative log-likelihood, which "
+                     f"{loss!r} is not; {_NO_LIKELIHOOD}")
 
 # %% ../../nbs/operators/22_fisher.ipynb #6ad05622
 @register_operator
@@ -145,23 +228,22 @@ def _loss_in_the_middle(
     loss_fn: Any, kind: Any, key: Any, num_samples: Any, whole_batch: bool
 ) -> Loss:
     "What stands between Jᵀ and J"
-    loss = create_loss(loss_fn)
-    if kind == "exact": return _check_fisher(loss)
-    if kind == "empirical": return _ScoreProducts(loss, whole_batch)
-    if kind != "monte_carlo":
+    if kind not in ("exact", "monte_carlo", "empirical"):
         raise ValueError(f"kind: got {kind!r}, expected 'exact', 'monte_carlo' or 'empirical'")
-    if key is None:
-        raise ValueError("key: got None, expected a JAX random key for kind='monte_carlo'")
-    num_samples = check_size(num_samples, "num_samples") or 1
-    return _SampledScoreProducts(loss, key, whole_batch, num_samples)
+    loss, num_samples = create_loss(loss_fn), check_size(num_samples, "num_samples") or 1
+    if kind == "monte_carlo":
+        _check_key(key)
+        return _SampledScoreProducts(
+            _with_root_scales(loss), _threefry_key(key), whole_batch, num_samples)
+    _check_nothing_drawn(kind, key, num_samples)
+    return _check_fisher(loss) if kind == "exact" else _ScoreProducts(loss, whole_batch)
 
 
-def _check_fisher(loss: Loss) -> Loss:
-    "`loss`, if its H is the Fisher information"
-    if loss.is_fisher: return loss
-    raise ValueError("kind: got 'exact', expected a loss whose H is the Fisher information, which "
-                     f"that of {loss!r} is not: take its curvature='fisher' if it has that "
-                     "option, or kind='monte_carlo'")
+def _check_nothing_drawn(kind: str, key: Any, num_samples: int) -> None:
+    "Raise where what is for draws only comes with another kind"
+    expected = f"which draws nothing (kind='monte_carlo' does), for kind={kind!r}"
+    if key is not None: raise ValueError(f"key: got a key, expected None, {expected}")
+    if num_samples != 1: raise ValueError(f"num_samples: got {num_samples}, expected 1, {expected}")
 
 # %% ../../nbs/operators/22_fisher.ipynb #c9a3a5e0
 @takes_options(make_problem, ProblemOptions)
@@ -185,12 +267,14 @@ def create_fisher_mv_without_data(
     - `model_fn`: called as `model_fn(input=x, params=params)`; returns an array of floating-point
       numbers, or for custom losses any pytree of such.
     - `params`: pytree of floating-point arrays, P numbers in all.
-    - `loss_fn`: a negative log-likelihood: a name, a `Loss`, or a function loss(pred, target).
+    - `loss_fn`: a negative log-likelihood: a name, a `Loss`, or for "empirical" also any function
+      loss(pred, target).
     - `factor`: scalar that multiplies the sum over samples.
     - `kind`: "exact" (default): the loss's own Fisher information, for losses whose H is that.
       "monte_carlo": the mean outer product of the score at `num_samples` targets drawn from the
-      model for each sample. "empirical": the outer product at the data's targets.
-    - `key`: a JAX random key, for "monte_carlo"; sample i draws by `key` and its "index".
+      model for each sample, whatever the data's. "empirical": that at the data's targets.
+    - `key`: a JAX random key, for "monte_carlo" alone; sample i draws by `key` and its "index",
+      whatever the batches, their order and the devices.
     - `num_samples`: targets drawn for each sample; 1 by default.
     - `**options`: the keywords of `ProblemOptions`.
 
@@ -244,11 +328,13 @@ def create_fisher_mv(
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
       (integers, (N,)). Or a `Stream` of batches of that.
-    - `loss_fn`: a negative log-likelihood: a name, a `Loss`, or a function loss(pred, target).
+    - `loss_fn`: a negative log-likelihood: a name, a `Loss`, or for "empirical" also any function
+      loss(pred, target).
     - `kind`: "exact" (default): the loss's own Fisher information, for losses whose H is that.
       "monte_carlo": the mean outer product of the score at `num_samples` targets drawn from the
-      model for each sample. "empirical": the outer product at the data's targets.
-    - `key`: a JAX random key, for "monte_carlo"; sample i draws by `key` and its "index".
+      model for each sample, whatever the data's. "empirical": that at the data's targets.
+    - `key`: a JAX random key, for "monte_carlo" alone; sample i draws by `key` and its "index",
+      whatever the batches, their order and the devices.
     - `num_samples`: targets drawn for each sample; 1 by default.
     - `**options`: the keywords of `DataOptions`.
 

@@ -26,8 +26,8 @@ from .operator import register_operator
 from .samples import Samples
 from .streamed import Streamed
 from .streams import Stream
-from ..tools.arrays import function_as_pytree
 from ..tools.checks import check_like
+from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/operators/20_ggn.ipynb #792e61f6
 def _stored(

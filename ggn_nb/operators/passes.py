@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ggn_nb.operators.samples import Samples
@@ -30,7 +31,9 @@ def _is_on_host(leaf) -> bool:
     return isinstance(leaf, np.ndarray) or all(d.platform == "cpu" for d in leaf.devices())
 
 
-def _bytes_of(leaf) -> np.ndarray: return np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+def _bytes_of(leaf) -> np.ndarray:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key): leaf = jax.random.key_data(leaf)
+    return np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8)
 
 # %% ../../nbs/operators/02_passes.ipynb #4cd22efe
 class Pass(NamedTuple):

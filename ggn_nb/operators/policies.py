@@ -9,29 +9,46 @@ __all__ = []
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
+import jax.numpy as jnp
+
+from ..tools.functions import static_function
 
 # %% ../../nbs/operators/10_policies.ipynb #3e144772
-def _worth_storing(primitive, *_, **__) -> bool:
-    "Checkpoint policy: every intermediate value but broadcast constants"
-    return primitive.name not in ("broadcast_in_dim", "iota")
+def _worth_storing(primitive, *avals, **_) -> bool:
+    "Checkpoint policy: every intermediate value but views, broadcast constants and input chunks"
+    if primitive.name == "dynamic_slice": return not _is_unsigned(avals[-1])
+    return primitive.name not in ("broadcast_in_dim", "iota", "reshape", "squeeze")
+
+
+def _is_unsigned(aval) -> bool: return jnp.issubdtype(aval.dtype, jnp.unsignedinteger)
 
 # %% ../../nbs/operators/10_policies.ipynb #4d9b67b0
+_PRODUCTS = ("dot_general", "conv_general_dilated")
+_SUMMARIES = ("reduce_sum", "reduce_max", "reduce_min", "reduce_window", "arg",
+              "gt", "lt", "ge", "le", "eq", "ne")  # sums, extrema and comparisons are small
+
+
 def _is_product(primitive, *_, **__) -> bool:
     "Checkpoint policy: the results of matrix products and convolutions"
-    return primitive.name in ("dot_general", "conv_general_dilated")
+    return primitive.name in _PRODUCTS
 
+
+def _is_product_or_summary(primitive, *_, **__) -> bool:
+    "Checkpoint policy: these, and what takes less memory than what it is made from"
+    return primitive.name in _PRODUCTS or primitive.name.startswith(_SUMMARIES)
 
 # %% ../../nbs/operators/10_policies.ipynb #40f6982c
 Linearize = Literal["cached", "rematerialized", "recomputed"] | Callable[..., Any]
-_POLICIES: dict[str, Callable] = {
-    "cached": _worth_storing, "rematerialized": _is_product, "recomputed": _worth_storing,
+_POLICIES: dict[str, tuple[Callable, ...]] = {
+    "cached": (_worth_storing,),
+    "rematerialized": (_is_product, _is_product_or_summary, _worth_storing),
+    "recomputed": (_worth_storing,),
 }
 
 
-def checkpoint_policy(linearize: Linearize) -> Callable:
-    "The policy of `jax.checkpoint` that a name stands for; a policy as it is"
-    return linearize if callable(linearize) else _POLICIES[linearize]
+def checkpoint_policies(linearize: Linearize) -> tuple[Callable, ...]:
+    "The policies of `jax.checkpoint` of which a name stands for the smallest; or the one given"
+    return (linearize,) if callable(linearize) else _POLICIES[linearize]
 
 # %% ../../nbs/operators/10_policies.ipynb #33e91252
 def check_linearize(
@@ -47,4 +64,4 @@ def check_linearize(
     if streamed and linearize != "recomputed":
         raise ValueError(f"linearize: got {linearize!r}, expected 'recomputed': with a stream "
                          "nothing is kept")
-    return linearize
+    return static_function(linearize, "linearize") if callable(linearize) else linearize

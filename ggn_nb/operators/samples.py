@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggn_nb.losses.weights import spread
 from ggn_nb.tools.arrays import as_array, vary_over, varying_axes, working_dtype
+
+# %% ../../nbs/operators/00_samples.ipynb #0a5e64c1
+try:
+    from jax import enable_x64
+except ImportError:  # its home in earlier versions of JAX
+    from jax.experimental import enable_x64
 
 # %% ../../nbs/operators/00_samples.ipynb #37357f86
 class Samples(NamedTuple):
@@ -65,25 +72,72 @@ def name_parts(data: Any) -> Samples:
     return Samples(**data)
 
 # %% ../../nbs/operators/00_samples.ipynb #e9a5881a
-def check_dtype(dtype: np.dtype, name: str, kind: str) -> None:
-    "Raise `TypeError` unless `dtype` is one of numbers or truth values"
-    if not (jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)):
-        raise TypeError(f"{name}: got {kind} of dtype {dtype}, expected numbers or truth values")
+def check_dtype(dtype: Any, name: str, kind: str) -> None:
+    "Raise `TypeError` unless `dtype` is one of numbers, truth values or keys, and JAX has it"
+    allowed = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
+    if not any(jnp.issubdtype(dtype, kind_of_number) for kind_of_number in allowed):
+        where = ", in an array or a pytree of arrays" if dtype == object else ""
+        raise TypeError(f"{name}: got {kind} of dtype {dtype}, expected numbers or truth values"
+                        f"{where}")
+    if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits > 64:
+        raise TypeError(f"{name}: got {kind} of dtype {dtype}, expected at most 64 bits a number")
+
+# %% ../../nbs/operators/00_samples.ipynb #e83ea57b
+def check_range(array: np.ndarray, name: str) -> None:
+    "Raise `ValueError` where a number is too large for the dtype in which JAX would keep it"
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype == array.dtype: return
+    with np.errstate(over="ignore"): kept = array.astype(dtype)
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    lost = kept != array if whole else np.isinf(kept) & np.isfinite(array)
+    if np.any(lost):
+        raise ValueError(f"{name}: got {array[lost][0]}, which {dtype} cannot hold, expected "
+                         f"smaller numbers, or {array.dtype}: "
+                         "jax.config.update('jax_enable_x64', True)")
+
+# %% ../../nbs/operators/00_samples.ipynb #e2e53502
+def read_by_protocol(leaf: Any) -> np.ndarray:
+    "`leaf` by its `__array__`, or else by DLPack; maybe not a copy"
+    if not hasattr(leaf, "__dlpack__"): return np.asarray(leaf)
+    try: return np.asarray(leaf) if hasattr(leaf, "__array__") else _read_dlpack(leaf)
+    except Exception as e:  # a dtype or a device that NumPy does not have
+        try: return _read_dlpack(leaf)
+        except Exception: raise e from None
+
+
+def _read_dlpack(leaf) -> np.ndarray:
+    with enable_x64(True): return np.asarray(jax.dlpack.from_dlpack(leaf))
 
 # %% ../../nbs/operators/00_samples.ipynb #38b8dd64
 def read_host_array(
-    leaf: Any,  # has `__array__`, or is a number, or a list of numbers
+    leaf: Any,  # has `__array__` or `__dlpack__`, or is a number, or a list of numbers
     name: str,  # what to call it in a message
 ) -> np.ndarray:
     "A copy of `leaf`, an array of numbers or truth values; `TypeError` or `ValueError` otherwise"
     kind = type(leaf).__name__
-    if isinstance(leaf, np.ma.MaskedArray):
-        raise TypeError(f"{name}: got a {kind}, expected an array without a mask of its own")
-    try: array = np.asarray(leaf).copy(order="C")
+    _check_container(leaf, name)
+    try: array = read_by_protocol(leaf).copy(order="C")
     except ValueError as e: raise ValueError(f"{name}: got {kind}, expected an array: {e}") from e
     except Exception as e: raise TypeError(f"{name}: got {kind}, expected an array: {e}") from e
     check_dtype(array.dtype, name, kind)
-    return array
+    check_range(array, name)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _check_container(leaf, name) -> None:
+    "Raise `TypeError` where NumPy would not read what is meant: keys for values, masked entries"
+    kind = type(leaf).__name__
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(f"{name}: got a {kind}, expected an array without a mask of its own")
+    if isinstance(leaf, Mapping):
+        raise TypeError(f"{name}: got a {kind}, which is no pytree, expected an array or a pytree "
+                        "of arrays: dict(...) is one")
+
+# %% ../../nbs/operators/00_samples.ipynb #e1c25353
+def is_column(x: Any) -> bool:
+    "Is `x` a list of numbers, or of such lists, and not of arrays?"
+    number = bool | int | float | complex | np.generic
+    return isinstance(x, list) and all(isinstance(item, number) or is_column(item) for item in x)
 
 # %% ../../nbs/operators/00_samples.ipynb #172d7d51
 def leaf_name(path) -> str:
@@ -94,25 +148,27 @@ def leaf_name(path) -> str:
 def map_named(
     fn: Callable,  # fn(leaf, name)
     samples: Samples,
-    is_leaf: Callable | None = None,  # as in `jax.tree.map`
 ) -> Samples:
-    "`fn` of each leaf and its name"
+    "`fn` of each leaf and its name; a column of numbers is one leaf"
     named = lambda path, leaf: fn(leaf, leaf_name(path))
-    parts = jax.tree_util.tree_map_with_path(named, samples._asdict(), is_leaf=is_leaf)
+    parts = jax.tree_util.tree_map_with_path(named, samples._asdict(), is_leaf=is_column)
     return Samples(**parts)
 
 # %% ../../nbs/operators/00_samples.ipynb #bd6263e2
 def read_samples(
     data: Any,  # a mapping with the keys of the table above; or `Samples`
 ) -> Samples:  # with JAX arrays as leaves
-    "The parts of `data`, each taken over as it is now; `Samples` unchanged"
-    return data if isinstance(data, Samples) else map_named(_read_leaf, name_parts(data))
+    "The parts of `data`, each taken over as it is now"
+    is_read = isinstance(data, Samples) and all(map(_is_constant, jax.tree.leaves(data)))
+    return data if is_read else map_named(_read_leaf, name_parts(data))
+
+
+def _is_constant(leaf) -> bool: return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
 
 
 def _read_leaf(leaf, name) -> Any:
     "`leaf` as an array of JAX that nobody else can change; shapes without numbers as they are"
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct): return leaf
-    return jax.device_put(read_host_array(leaf, name))
+    return leaf if _is_constant(leaf) else jax.device_put(read_host_array(leaf, name))
 
 # %% ../../nbs/operators/00_samples.ipynb #00849174
 def _only_length(names) -> int:
@@ -175,17 +231,61 @@ def widen(tree: Any) -> Any:
     "`tree`, with floating-point numbers in float32 or better"
     return jax.tree.map(lambda leaf: leaf.astype(wide_dtype(leaf.dtype)), tree)
 
-# %% ../../nbs/operators/00_samples.ipynb #tempdata1
-def counting_samples(samples: Samples) -> jax.Array | None:
-    "Does the sample count? For each; None where all do, having neither mask nor weight"
-    if samples.weight is None and samples.mask is None: return None
-    rows = lambda leaf: jnp.any(leaf.reshape(len(leaf), -1).astype(bool), axis=1)
-    heads = [rows(leaf) for leaf in jax.tree.leaves((samples.weight, samples.mask))]
-    return heads[0]
+# %% ../../nbs/operators/00_samples.ipynb #1c89ab4b
+@jax.jit
+def counting_samples(samples: Samples) -> jax.Array | None:  # (N,); None: all count
+    "For each sample: does it count, by mask and weight, at any position of any head?"
+    weights, masks = _heads_of(samples.weight), _heads_of(samples.mask)
+    if len(weights) == 1: weights *= len(masks)
+    if len(masks) == 1: masks *= len(weights)
+    if len(weights) != len(masks):
+        raise ValueError(f"data['mask']: got {len(masks)} heads, expected {len(weights)} as in "
+                         "data['weight']")
+    heads = list(map(_counts_in_head, weights, masks))
+    return None if any(head is None for head in heads) else jnp.any(jnp.stack(heads), axis=0)
 
 
-def harmless_inputs(samples: Samples, counts: jax.Array) -> Samples:
-    "TEMP"
-    first = jnp.argmax(counts)
-    fix = lambda leaf: jnp.where(counts.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, leaf[first][None])
-    return samples._replace(input=jax.tree.map(fix, samples.input))
+def _heads_of(part) -> list: return jax.tree.leaves(part, is_leaf=lambda x: x is None)
+
+
+def _counts_in_head(weight, mask) -> jax.Array | None:
+    "For each sample, from weight and mask of one head; None: all count"
+    given = {"weight": weight, "mask": mask}
+    given = {name: part.astype(bool) for name, part in given.items() if part is not None}
+    if not given: return None
+    shape = max((part.shape for part in given.values()), key=len)
+    found = [spread(part, shape, f"data['{name}']") for name, part in given.items()]
+    return jnp.any(jnp.stack(found).all(axis=0).reshape(shape[0], -1), axis=1)
+
+# %% ../../nbs/operators/00_samples.ipynb #1065b5ed
+def harmless_inputs(
+    samples: Samples,
+    counts: jax.Array | None,  # (N,) truth values; None: all count
+) -> Samples:
+    "`samples`, where those that do not count have the input of the first that does, if any does"
+    if counts is None or _all_count(counts): return samples
+    return samples._replace(input=_replace_rows(samples.input, counts))
+
+
+def _all_count(counts) -> bool:
+    "Do all samples count, as far as it is known?"
+    known = not isinstance(counts, jax.core.Tracer)
+    return known and bool(jax.device_get(jnp.all(counts)))
+
+# %% ../../nbs/operators/00_samples.ipynb #4e377421
+@jax.jit
+def _replace_rows(inputs: Any, counts: jax.Array) -> Any:
+    "`inputs`, with the first row that counts in the place of those that do not"
+    kept = counts | ~jnp.any(counts)
+    first = jnp.arange(len(counts)) == jnp.argmax(counts)
+    return jax.tree.map(lambda leaf: _replace_in_leaf(leaf, kept, first), inputs)
+
+
+def _replace_in_leaf(leaf, kept, first) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _replace_in_leaf(jax.random.key_data(leaf), kept, first)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    kept, first = (rows.reshape(-1, *[1] * (leaf.ndim - 1)) for rows in (kept, first))
+    only_first = jnp.where(first, leaf, jnp.zeros((), leaf.dtype))
+    row = jnp.sum(only_first, axis=0, keepdims=True, dtype=leaf.dtype)
+    return jnp.where(kept, leaf, jax.lax.stop_gradient(row))

@@ -8,25 +8,31 @@ __all__ = ['Streamed']
 # %% ../../nbs/operators/13_streamed.ipynb #c287f951
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from ..losses.weights import raise_faults
 from .batches import Batch, masked_samples
-from .curvature import Curvature, Problem, inspect_samples
+from ggn_nb.operators.curvature import (
+    Curvature, Problem, check_product, inspect_samples, sum_products,
+)
 from .layout import layout_of
 from .operator import Operator, structure_of
-from .samples import Samples, number_samples
+from .samples import Samples, counting_samples, harmless_inputs, number_samples
 from .streams import Stream, sum_over_batches
+from ..tools.functions import with_whole_functions
+from ..tools.programs import program
 
 # %% ../../nbs/operators/13_streamed.ipynb #7c2317d9
 def _samples_of(problem: Problem, batch: Batch) -> Samples:
-    "The samples of a batch: rows that were added are masked; numbered through the whole stream"
+    "The samples of a batch, numbered through the stream; those that do not count are harmless"
     numbered = problem.loss.indexed
-    if problem.vmap_over_data: return masked_samples(batch, numbered=numbered)
-    return number_samples(batch.samples, batch.start) if numbered else batch.samples
+    if not problem.vmap_over_data:
+        return number_samples(batch.samples, batch.start) if numbered else batch.samples
+    samples = masked_samples(batch, numbered=numbered)
+    return harmless_inputs(samples, counting_samples(samples))
 
 # %% ../../nbs/operators/13_streamed.ipynb #e45296b7
 def _on_batch(kind: type[Curvature], problem: Problem, batch: Batch) -> Curvature:
@@ -34,14 +40,28 @@ def _on_batch(kind: type[Curvature], problem: Problem, batch: Batch) -> Curvatur
     return kind(problem, _samples_of(problem, batch))
 
 
-@partial(jax.jit, static_argnums=1)
-def _batch_product(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) -> Any:
-    return _on_batch(kind, problem, batch).multiply(vec)
+def _placed(batch: Batch) -> Batch:
+    "`batch`, with its place in the stream on the device too"
+    return batch._replace(start=jax.device_put(batch.start))
 
 
-@partial(jax.jit, static_argnums=1)
-def _batch_products(batch: Batch, kind: type[Curvature], problem: Problem, vecs: Any) -> Any:
-    return _on_batch(kind, problem, batch).multiply_many(vecs)
+@partial(program, static_argnums=(1,))
+def _batch_sum(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) -> Any:
+    "Σ w A vec over a batch; zero where none of its samples counts"
+    operator = _on_batch(kind, problem, batch)
+    total, counts = sum_products(operator, vec), counting_samples(operator.samples)
+    if counts is None or not problem.vmap_over_data: return total
+    return jax.tree.map(lambda t: jnp.where(jnp.any(counts), t, 0), total)
+
+
+@partial(program, static_argnums=(1,))
+def _batch_sums(batch: Batch, kind: type[Curvature], problem: Problem, vecs: Any) -> Any:
+    return jax.vmap(partial(_batch_sum, batch, kind, problem))(vecs)
+
+
+@program
+def _times_factor(problem: Problem, total: Any) -> Any:
+    return problem.times_factor(total)
 
 # %% ../../nbs/operators/13_streamed.ipynb #cb2e5863
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,13 +77,13 @@ class Streamed(Operator):
     - `kind`: `GGN`, `Hessian` or `Fisher`.
     - `problem`: model, parameters, loss, factor and policy.
     - `stream`: the `Stream`.
-    - `num_samples`: how many samples it has.
+    - `num_samples`: how many samples it has; None: unknown, for parts of a batch differ in length.
     """
 
     kind: type[Curvature]
     problem: Problem
     stream: Stream
-    num_samples: int
+    num_samples: int | None
 
     @property
     def symbol(self) -> str: return self.kind.symbol
@@ -80,25 +100,36 @@ class Streamed(Operator):
 
     def multiply(self, vec: Any) -> Any:
         """The product, in one pass over the stream."""
-        return self._sum(_batch_product, vec)
+        return self._sum(_batch_sum, vec)
 
     def multiply_many(self, vecs: Any) -> Any:
         """The products with K vectors, in one pass over the stream."""
-        return self._sum(_batch_products, vecs)
+        return self._sum(_batch_sums, vecs)
 
-    def _sum(self, product: Any, vecs: Any) -> Any:
-        return sum_over_batches(self.stream, product, self.kind, self.problem, vecs,
-                                pad=self.problem.vmap_over_data)
+    def _sum(self, summand: Any, vecs: Any) -> Any:
+        of_batch = lambda batch: summand(_placed(batch), self.kind, self.problem, vecs)
+        total = sum_over_batches(self.stream, of_batch, pad=self.problem.vmap_over_data)
+        return _times_factor(self.problem, total)
+
+    def at(self, params: Any) -> "Streamed":
+        """The same operator at other parameters, a tree like them; nothing is compiled."""
+        return replace(self, problem=self.problem.at(params))
 
     def __repr__(self) -> str:
+        known = self.num_samples is not None
+        samples = f"{self.num_samples:,} samples" if known else "an unknown number of samples"
         return (f"{self.kind.__name__}({self.problem.num_params:,} parameters, "
-                f"{self.num_samples:,} samples in {self.stream!r})")
+                f"{samples} in {self.stream!r})")
 
 # %% ../../nbs/operators/13_streamed.ipynb #2f10f8a9
-@partial(jax.jit, static_argnums=(1, 3))
+@partial(program, static_argnums=(1, 3))
 def _inspect_batch(batch: Batch, kind: type[Curvature], problem: Problem, weigh: bool) -> tuple:
+    "Faults; the sum of the weights, if `weigh`, in the default precision; how many rows count"
     samples = _samples_of(problem, batch)
-    return *inspect_samples(kind, problem, samples, weigh), jnp.sum(batch.counted)
+    faults, weights = inspect_samples(kind, problem, samples, weigh)
+    check_product(kind(problem, samples))
+    weights = jax.tree.map(lambda weight: weight.astype(jnp.result_type(float)), weights)
+    return faults, weights, None if batch.counted is None else jnp.sum(batch.counted)
 
 # %% ../../nbs/operators/13_streamed.ipynb #a86f17df
 def on_stream(
@@ -109,7 +140,30 @@ def on_stream(
 ) -> tuple[Streamed, Any]:  # the operator; the sum of the weights that count, or None
     "The operator of a problem on a stream that was read and looked over once"
     problem = replace(problem, layout=layout_of(problem.params, problem))
-    inspect = partial(sum_over_batches, stream, _inspect_batch, pad=problem.vmap_over_data)
-    faults, weights, num_samples = inspect(kind, problem, weigh)
-    raise_faults(faults)
-    return Streamed(kind, problem, stream, int(num_samples)), weights
+    inspect = lambda problem: _look_over(kind, problem, stream, weigh)
+    problem, (weights, num_samples) = with_whole_functions(inspect, problem)
+    return Streamed(kind, problem, stream, num_samples), weights
+
+
+def _look_over(kind, problem, stream, weigh) -> tuple[Any, int | None]:
+    "The sum of the weights and the number of samples; an error that names the batch with a fault"
+    numbers, sizes = count(), []
+
+    def inspect(batch):
+        weights, size = _look_over_batch(next(numbers), batch, kind, problem, weigh)
+        sizes.append(size)
+        return weights
+
+    weights = sum_over_batches(stream, inspect, pad=problem.vmap_over_data)
+    return weights, None if None in sizes else sum(sizes)
+
+
+def _look_over_batch(number, batch, kind, problem, weigh) -> tuple[Any, int | None]:
+    "Sum of weights and number of samples of a batch; an error with its number if there are faults"
+    try:
+        faults, weights, size = _inspect_batch(_placed(batch), kind, problem, weigh)
+        raise_faults(jax.device_get(faults))
+    except (TypeError, ValueError) as e:
+        if type(e) not in (TypeError, ValueError): raise  # one of JAX
+        raise type(e)(f"batch {number}: {e}") from e
+    return weights, None if size is None else int(jax.device_get(size))

@@ -22,14 +22,29 @@ import numpy as np
 
 from .batches import Batch, put_on_device, read_batches
 from .passes import PassRecord, compare_passes
-from .samples import add_to, cast_like, zeros_to_add_to
+from .samples import add_to, cast_like, enable_x64, zeros_to_add_to
 from ..tools.checks import check_function, check_like
 
-# %% ../../nbs/operators/03_streams.ipynb #9a2d706a
-try:
-    from jax import enable_x64
-except ImportError:  # its home in earlier versions of JAX
-    from jax.experimental import enable_x64
+# %% ../../nbs/operators/03_streams.ipynb #01e6511e
+class _Stopped(Exception):
+    "No more batches are wanted"
+
+
+@dataclass
+class _Reading:
+    "How a pass stands with its source"
+
+    stopped: Event = field(default_factory=Event)  # set when the loop wants no more
+    in_source: bool = True  # may take as long as it likes
+
+    def ask(self, source: Iterator) -> Iterator:
+        "The batches of `source`; `_Stopped` is raised when one comes that is not wanted any more"
+        with closing(source):
+            for batch in source:
+                if self.stopped.is_set(): raise _Stopped
+                self.in_source = False
+                try: yield batch
+                finally: self.in_source = True
 
 # %% ../../nbs/operators/03_streams.ipynb #d4c71e0f
 class _End(NamedTuple):
@@ -43,8 +58,8 @@ class _Shared:
     "What the thread that makes items and the loop that takes them have in common"
 
     places: Semaphore  # that are free in the queue
+    reading: _Reading = field(default_factory=_Reading)
     queue: SimpleQueue = field(default_factory=SimpleQueue)
-    stopped: Event = field(default_factory=Event)  # set when the loop wants no more
 
 
 def _make_items(items: Iterator, shared: _Shared, x64: bool, device: Any) -> None:
@@ -55,7 +70,7 @@ def _make_items(items: Iterator, shared: _Shared, x64: bool, device: Any) -> Non
             for item in items:
                 shared.queue.put(item)
                 shared.places.acquire()
-                if shared.stopped.is_set(): break
+                if shared.reading.stopped.is_set(): break
     except BaseException as e: error = e
     shared.queue.put(_End(error))
 
@@ -79,20 +94,19 @@ def _end_all() -> None:
     while _RUNNING: _RUNNING.pop()()
 
 # %% ../../nbs/operators/03_streams.ipynb #50ad6f01
+_PATIENCE = 0.5  # seconds for which a source may delay the end of a loop
+
+
 def run_ahead(
     items: Iterator,  # a generator
     number: int,  # ≥ 1
+    reading: _Reading | None = None,  # how `items` stands with a source
 ) -> Iterator:
     "`items`, of which a thread makes up to `number` in advance, until this iterator is closed"
-    shared, running = _Shared(Semaphore(number - 1)), _RUNNING
+    shared, running = _Shared(Semaphore(number - 1), reading or _Reading()), _RUNNING
     settings = jax.config.jax_enable_x64, jax.config.jax_default_device
     thread = Thread(target=_make_items, args=(items, shared, *settings), name=__name__, daemon=True)
-
-    def end():
-        shared.stopped.set()
-        shared.places.release()
-        thread.join()
-
+    end = partial(_end_thread, thread, shared)
     thread.start()
     running.add(end)
     try: yield from _take_items(shared)
@@ -100,6 +114,14 @@ def run_ahead(
         if end in running:  # no more, if the interpreter is exiting
             running.remove(end)
             end()
+
+
+def _end_thread(thread: Thread, shared: _Shared) -> None:
+    "Tell the thread to end, and wait for it, but not for its source"
+    shared.reading.stopped.set()
+    shared.places.release()
+    thread.join(_PATIENCE)
+    while thread.is_alive() and not shared.reading.in_source: thread.join(_PATIENCE)
 
 # %% ../../nbs/operators/03_streams.ipynb #e5af5a01
 def _check_source(source: Any) -> None:
@@ -170,9 +192,10 @@ class Stream:
     """Data that is read batch by batch, anew for each product; takes the place of a mapping `data`.
 
     A batch is a pair (input, target), or a mapping with the keys of the data. Its arrays may be
-    those of any library: whatever has a method `__array__` will do. `for batch in stream` reads the
-    source once and gives each batch as a `Batch` of JAX arrays, filled up to the number of rows of
-    the first one.
+    those of any library: whatever has a method `__array__` or `__dlpack__` will do. Each batch may
+    have its own parts: a weight that is missing is 1, a mask that is missing is true. `for batch in
+    stream` reads the source once and gives each batch as a `Batch` of JAX arrays, filled up to the
+    number of rows of the first one. A loop that is left does not wait for a slow source.
 
     Arguments:
 
@@ -226,10 +249,11 @@ class Stream:
     def __iter__(self) -> Iterator[Batch]: return self._read(pad=True)
 
     def _read(self, pad: bool) -> Iterator[Batch]:
-        "One pass; with `pad`, small batches are filled up"
-        samples = compare_passes(read_batches(self._source.open()), self._record, self.check)
-        batches = put_on_device(samples, pad=pad)
-        if self.prefetch: batches = run_ahead(batches, self.prefetch)
+        "One pass; with `pad`, small batches are filled up, and all parts must have one length"
+        reading = _Reading()
+        found = read_batches(reading.ask(self._source.open()), one_length=pad)
+        batches = put_on_device(compare_passes(found, self._record, self.check), pad=pad)
+        if self.prefetch: batches = run_ahead(batches, self.prefetch, reading)
         if not self.progress: return batches
         return _show_progress(batches, self._record.longest.num_batches or _length(self.source))
 

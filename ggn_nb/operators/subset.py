@@ -14,12 +14,13 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef, keystr
 
-from ..tools.arrays import function_as_pytree, register_pytree
+from .models import call_model, check_model
+from ..tools.arrays import as_array, register_pytree
 from ..tools.checks import check_floating
+from ..tools.functions import TakenApart, function_as_pytree, value_as_pytree
 
 # %% ../../nbs/operators/23_subset.ipynb #e276fe28
 def _paths(tree: Any) -> list[str]:
@@ -83,7 +84,9 @@ def _chosen(select: Any, params: Any) -> list[bool]:
 # %% ../../nbs/operators/23_subset.ipynb #5f2a56d8
 def _filled(tree: Any, other: Any) -> Any:
     "`tree`, with the leaves of `other` where it has None"
-    fill = lambda a, b: b if a is None else a
+    def fill(leaf, other):
+        if leaf is not None: return leaf
+        return other.whole() if isinstance(other, TakenApart) else other
     return jax.tree.map(fill, tree, other, is_leaf=lambda leaf: leaf is None)
 
 # %% ../../nbs/operators/23_subset.ipynb #81204329
@@ -93,7 +96,7 @@ class _PartlyFrozen:
     "A model as a function of its selected parameters: x, σ -> f(x, Eσ + c). A pytree"
 
     model_fn: Callable  # called with all parameters; a pytree
-    frozen: Any  # the frozen parameters, None where selected
+    frozen: Any  # the frozen parameters, None where selected; `TakenApart` where no array
     structure: PyTreeDef  # of the selected parameters, None where frozen
 
     def __call__(self, input: Any, params: Any) -> Any:
@@ -101,16 +104,28 @@ class _PartlyFrozen:
         if (got := jax.tree.structure(params)) != self.structure:
             raise ValueError(f"params: got tree structure {got}, expected that of the selected "
                              f"parameters, {self.structure}")
-        return self.model_fn(input=input, params=_filled(params, self.frozen))
+        return call_model(self.model_fn, input, _filled(params, self.frozen))
+
+    def __reduce__(self) -> tuple:  # a `PyTreeDef` of classes cannot be pickled, an example can
+        example = self.structure.unflatten([0.0] * self.structure.num_leaves)
+        return _partly_frozen, (self.model_fn, self.frozen, example)
+
+
+def _partly_frozen(model_fn: Callable, frozen: Any, selected: Any) -> _PartlyFrozen:
+    return _PartlyFrozen(model_fn, frozen, jax.tree.structure(selected))
 
 # %% ../../nbs/operators/23_subset.ipynb #ed2cc84a
-def _as_array(path: Any, leaf: Any) -> jax.Array:
-    "A frozen leaf as an array; one of NumPy is copied, since its owner may change it"
-    if isinstance(leaf, np.ndarray): leaf = leaf.copy()
-    try: return jnp.asarray(leaf)
-    except TypeError:
-        kind = type(leaf).__name__
-        raise TypeError(f"params{keystr(path)}: got {kind}, expected an array") from None
+def _frozen(path: Any, leaf: Any) -> jax.Array | TakenApart:
+    "A frozen leaf: an array, copied if it is of NumPy; or anything else as it is, static"
+    is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    foreign = not is_array and (hasattr(leaf, "__array__") or hasattr(leaf, "__dlpack__"))
+    try:
+        if is_array: return leaf if isinstance(leaf, jax.Array) else as_array(leaf)
+        if not foreign and hash(leaf) is not None: return value_as_pytree(leaf)
+    except TypeError: pass
+    got = f"dtype {leaf.dtype}" if is_array else type(leaf).__name__
+    raise TypeError(f"params{keystr(path)}: got {got}, expected an array of numbers, or a value "
+                    "that can be hashed") from None
 
 # %% ../../nbs/operators/23_subset.ipynb #f5a57284
 def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callable, Any]:
@@ -122,7 +137,8 @@ def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callabl
     Arguments:
 
     - `model_fn`: called as `model_fn(input=x, params=params)`.
-    - `params`: pytree of arrays; the selected ones are floating-point, the others of any dtype.
+    - `params`: pytree; the selected leaves are floating-point arrays, the others arrays of any
+      dtype, or values that can be hashed, such as functions, numbers and text.
     - `select`: which leaves: a regular expression that is searched for in paths like "layers/0/w";
       or a predicate (path, leaf) → bool; or a tree of booleans, a prefix of `params`.
 
@@ -134,7 +150,8 @@ def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callabl
     Raises:
 
     - `ValueError`: nothing is selected, a pattern is no regular expression, or a tree does not fit.
-    - `TypeError`: an answer is no truth value, or a selected leaf is not floating-point.
+    - `TypeError`: an answer is no truth value, a selected leaf is not floating-point, or a frozen
+      one is neither an array nor hashable.
 
     Example:
 
@@ -149,12 +166,14 @@ def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callabl
         >>> create_ggn_mv(head, head_params, data, "mse").shape
         (2, 2)
     """
-    model_fn, chosen = function_as_pytree(model_fn, "model_fn"), _chosen(select, params)
+    chosen = _chosen(select, params)
     leaves, structure = jax.tree.flatten(params)
     def part(flags):
         kept = [leaf if flag else None for leaf, flag in zip(leaves, flags, strict=True)]
         return structure.unflatten(kept)
     selected, frozen = part(chosen), part([not flag for flag in chosen])
+    check_model(model_fn, selected)
+    model_fn = function_as_pytree(model_fn, "model_fn")
     check_floating(selected, "params")
-    frozen = jax.tree_util.tree_map_with_path(_as_array, frozen)
+    frozen = jax.tree_util.tree_map_with_path(_frozen, frozen)
     return _PartlyFrozen(model_fn, frozen, jax.tree.structure(selected)), selected

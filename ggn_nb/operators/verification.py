@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from ..losses.closed_form import ClosedFormLoss
 from ..losses.create import create_loss
 from ..losses.custom import CustomLoss
 from ..losses.loss import Loss
+from ..losses.weights import along
 from .curvature import Curvature, on_samples
 from .operator import Operator
+from ..tools.arrays import working_dtype
 from ..tools.checks import check_floating
 from ..tools.testing import dense_from_mv
 
@@ -101,12 +104,17 @@ def _row(check: Check, width: int) -> str:
     return f"  {_verdict(check.passed, 'ok'):6}  {check.name:{width}}  {error}"
 
 # %% ../../nbs/operators/30_verification.ipynb #12b3873a
-def _relative(actual: Any, expected: Any) -> float:
-    "The largest difference of two trees, relative to the largest entry of what is expected"
+def _largest(*trees: Any) -> float:
+    "The largest entry by size, or a tiny number"
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(trees)]
+    return max([np.finfo(np.float64).tiny, *(np.max(np.abs(a), initial=0) for a in leaves)])
+
+
+def _relative(actual: Any, expected: Any, scale: float | None = None) -> float:
+    "The largest difference of two trees, relative to `scale`, or what is expected at its largest"
     a, e = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (actual, expected))
     if a.shape != e.shape: return float("inf")
-    largest = max(np.max(np.abs(e), initial=0), np.finfo(np.float64).tiny)
-    return float(np.max(np.abs(a - e), initial=0) / largest)
+    return float(np.max(np.abs(a - e), initial=0) / (_largest(e) if scale is None else scale))
 
 
 _ALLOWED = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -115,6 +123,37 @@ _ALLOWED = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 def _allowed(tree: Any) -> float:
     "The relative error to be expected from the dtypes of `tree`"
     return max(_ALLOWED[jnp.dtype(leaf.dtype).name] for leaf in jax.tree.leaves(tree))
+
+# %% ../../nbs/operators/30_verification.ipynb #30a00001
+def _read_arrays(tree: Any, name: str, *, single: bool) -> Any:
+    "`tree` with arrays for leaves; lists of numbers are one array where a `single` one is wanted"
+    is_list = (lambda x: isinstance(x, list | tuple)) if single else None
+    try: return jax.tree.map(jnp.asarray, tree, is_leaf=is_list)
+    except (TypeError, ValueError) as error:
+        message = f"{name}: got {tree!r}, expected arrays of numbers"
+        raise TypeError(message) from error
+
+
+def _read_arguments(
+    loss: Loss, pred: Any, target: Any, weight: Any, mask: Any
+) -> tuple[Any, Any, dict]:
+    "Prediction, target, and what is given of weight and mask, as arrays"
+    single = isinstance(loss, ClosedFormLoss)
+    pred = _check_small(_read_arrays(pred, "pred", single=single))
+    single = jax.tree_util.all_leaves([pred])
+    given = {"weight": weight, "mask": mask}
+    given = {name: _read_arrays(value, name, single=single)
+             for name, value in given.items() if value is not None}
+    return pred, _read_arrays(target, "target", single=single), given
+
+
+def _check_small(pred: Any) -> Any:
+    "`pred`, if it is of floating-point numbers, and a dense matrix of it is no burden"
+    check_floating(pred, "pred")
+    size = sum(leaf.size for leaf in jax.tree.leaves(pred))
+    if size <= 2048: return pred
+    raise ValueError(f"pred: got {size} numbers, expected at most 2048: dense matrices are made "
+                     "of it")
 
 # %% ../../nbs/operators/30_verification.ipynb #50a49c6d
 def _dense(mv: Callable, like: Any) -> np.ndarray:
@@ -157,6 +196,7 @@ def is_psd(
     Raises:
 
     - `ValueError`: a prediction of more numbers, or what does not fit the loss.
+    - `TypeError`: by the argument's name, what holds anything but numbers.
 
     Example:
 
@@ -166,19 +206,10 @@ def is_psd(
         >>> [is_psd(quartic, jnp.array([f]), jnp.ones(1)) for f in (2.0, 0.1)]
         [True, False]
     """
-    loss, pred = create_loss(loss), _check_small(pred)
-    H = _dense(lambda u: loss.hessian_mv(u, pred, target, weight=weight, mask=mask), pred)
+    loss = create_loss(loss)
+    pred, target, given = _read_arguments(loss, pred, target, weight, mask)
+    H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
     return _negativity(H) <= _allowed(pred)
-
-
-def _check_small(pred: Any) -> Any:
-    "`pred` as arrays, if a dense matrix of it is no burden"
-    check_floating(pred, "pred")
-    pred = jax.tree.map(jnp.asarray, pred)
-    size = sum(leaf.size for leaf in jax.tree.leaves(pred))
-    if size <= 2048: return pred
-    raise ValueError(f"pred: got {size} numbers, expected at most 2048: dense matrices are made "
-                     "of it")
 
 # %% ../../nbs/operators/30_verification.ipynb #a05edbea
 def _square_root_checks(
@@ -194,21 +225,74 @@ def _square_root_checks(
             Check("S and Sᵀ are adjoint", _relative(transposed, S.T), tol)]
 
 # %% ../../nbs/operators/30_verification.ipynb #45d290f8
-def _fisher_check(
-    loss: Loss, pred: Any, H: np.ndarray, key: jax.Array, num_draws: int = 4096
-) -> Check:
+def _draw_mixed(loss: Loss, pred: Any, key: jax.Array) -> tuple[Any, Any]:
+    "A target, each position drawn at `pred` or at 0, and its density at `pred` over that of both"
+    zero, keys = jax.tree.map(jnp.zeros_like, pred), jax.random.split(key, 3)
+    here, there = loss.sample(keys[0], pred), loss.sample(keys[1], zero)
+    values, unravel = ravel_pytree(loss.value(pred, here))
+    at_zero = unravel(jax.random.bernoulli(keys[2], shape=values.shape).astype(values.dtype))
+    target = _mixture(at_zero, there, here)
+    rise = jax.tree.map(jnp.subtract, loss.value(pred, target), loss.value(zero, target))
+    return target, jax.tree.map(lambda d: 2 * jax.nn.sigmoid(-d), rise)
+
+
+def _mixture(at_zero: Any, there: Any, here: Any) -> Any:
+    "The target `there` at the positions that are marked, and `here` at the others"
+    marks, (ys, treedef) = jax.tree.leaves(at_zero), jax.tree.flatten(here)
+    if len(marks) == 1: marks = marks * len(ys)
+    pairs = zip(marks, jax.tree.leaves(there), ys, strict=True)
+    return treedef.unflatten([jnp.where(along(m, y.shape) > 0, z, y) for m, z, y in pairs])
+
+# %% ../../nbs/operators/30_verification.ipynb #30a00004
+def _scores(
+    loss: Loss, pred: Any, key: jax.Array, num_draws: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "The gradient at each draw, the weight of each of its entries, and the number of its position"
+    values, unravel = ravel_pytree(loss.value(pred, loss.sample(key, pred)))
+    numbers = unravel(1 + jnp.arange(values.size, dtype=values.dtype))
+
+    def at(key):
+        y, w = _draw_mixed(loss, pred, key)
+        gradients = loss.gradient(pred, y), loss.gradient(pred, y, weight=numbers)
+        return [ravel_pytree(tree)[0] for tree in (*gradients, w)]
+
+    keys, size = jax.random.split(key, num_draws), sum(a.size for a in jax.tree.leaves(pred))
+    found = jax.lax.map(at, keys, batch_size=min(num_draws, 1 + 2**15 // size))
+    g, numbered, weight = (np.asarray(a, np.float64) for a in found)
+    g_max, numbered_max = (np.max(np.abs(a), axis=0) for a in (g, numbered))
+    position = np.round(numbered_max / np.maximum(g_max, np.finfo(np.float64).tiny)).astype(int)
+    return g, weight[:, position - 1], position
+
+# %% ../../nbs/operators/30_verification.ipynb #30a00006
+def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check:
     "The mean outer product of the gradient at sampled targets, in standard errors from H"
-    score = lambda k: ravel_pytree(loss.gradient(pred, loss.sample(k, pred)))[0]
-    g = np.asarray(jax.lax.map(score, jax.random.split(key, num_draws), batch_size=256), np.float64)
-    mean = g.T @ g / num_draws
-    variance = np.maximum((g**2).T @ g**2 / num_draws - mean**2, 0)
-    floor = 1e-6 * np.max(np.abs(H), initial=0) + np.finfo(np.float64).tiny
-    error = np.max(np.abs(mean - H) / (np.sqrt(variance / num_draws) + floor), initial=0)
+    tol = max(4 * float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(pred))
+    wide = jax.tree.map(lambda leaf: leaf.astype(working_dtype(leaf.dtype)), pred)
+    n = int(np.clip(2**20 // max(len(H), 1), 2**12, 2**15))
+    g, weight, position = _scores(loss, wide, key, n)
+    half, full = np.sqrt(weight) * g, weight * g
+    same = position[:, None] == position
+    mean = lambda a, b: np.where(same, a.T @ a, b.T @ b) / n
+    found, peak = mean(half, full), np.max(np.abs(half), axis=0, initial=0)
+    variance = np.maximum(mean(half**2, full**2) - found**2, 0)
+    unit = np.sqrt(variance / n) + np.outer(peak, peak) / n + max(tol, 1e-6) * _largest(H)
     allowed = 5 + np.sqrt(2 * np.log(max(H.size, 1)))
     name = "H is the Fisher information of the samples"
-    return Check(name, float(error), float(allowed), "standard errors")
+    error = float(np.max(np.abs(found - H) / unit, initial=0))
+    return Check(name, error, float(allowed), "standard errors")
 
 # %% ../../nbs/operators/30_verification.ipynb #c55c4430
+def _hessian_check(total: Callable, pred: Any, H: np.ndarray) -> Check:
+    "H against automatic differentiation, which has the rounding errors of the terms that it adds"
+    at = lambda f: _dense(lambda u: jax.jvp(jax.grad(total), (f,), (u,))[1], f)
+    tol, expected = 10 * _allowed(pred), at(pred)
+    terms = _largest(at(jax.tree.map(jnp.zeros_like, pred)))
+    eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(pred))
+    rounding = 4 * eps * terms if np.isfinite(terms) else 0
+    error = _relative(H, expected, _largest(expected) + rounding / tol)
+    return Check("H is the Hessian of the value", error, tol)
+
+
 def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
     "Every check that the loss's own claims call for"
     tol = _allowed(pred)
@@ -218,10 +302,7 @@ def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array
     error = _relative(gradient, jax.grad(total)(pred))
     checks = [Check("gradient is that of the value", error, tol),
               Check("H is symmetric", _relative(H, H.T), tol)]
-    if loss.is_hessian:
-        by_jax = lambda u: jax.jvp(jax.grad(total), (pred,), (u,))[1]
-        error = _relative(H, _dense(by_jax, pred))
-        checks.append(Check("H is the Hessian of the value", error, 10 * tol))
+    if loss.is_hessian: checks.append(_hessian_check(total, pred, H))
     checks += _square_root_checks(loss, pred, target, given, H)
     if loss.is_fisher and not given: checks.append(_fisher_check(loss, pred, H, key))
     return checks
@@ -273,10 +354,12 @@ def _random_vectors(A: Operator, key: jax.Array, number: int) -> list[Any]:
     return [draw(k) for k in jax.random.split(key, number)]
 
 
-def _inner_products(A: Operator, vecs: list[Any]) -> np.ndarray:
-    "uᵀ A v for all pairs of vectors"
+def _inner_products(A: Operator, vecs: list[Any]) -> tuple[np.ndarray, float]:
+    "uᵀ A v for all pairs of vectors, and the longest A v: what is expected of one by chance"
     flat = lambda tree: np.asarray(ravel_pytree(tree)[0], np.float64)
-    return np.stack([[flat(u) @ flat(A(v)) for v in vecs] for u in vecs])
+    products = np.stack([flat(A(v)) for v in vecs])
+    longest = float(np.max(np.linalg.norm(products, axis=1)))
+    return np.stack([flat(u) for u in vecs]) @ products.T, max(longest, _largest())
 
 
 def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]:
@@ -286,13 +369,21 @@ def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]
     return [Check(f"{A.symbol} is {A.definition}, dense", _relative(dense, expected), tol)]
 
 # %% ../../nbs/operators/30_verification.ipynb #81d8b3bd
+def _nonlinearity(A: Operator, u: Any, v: Any) -> float:
+    "The largest of A(a u + b v) − a A u − b A v, relative to the largest of A u and A v"
+    Au, Av = A(u), A(v)
+    combine = lambda a, x, b, y: jax.tree.map(lambda x, y: a * x + b * y, x, y)
+    errors = [_relative(A(combine(a, u, b, v)), combine(a, Au, b, Av), _largest(Au, Av))
+              for a, b in ((1, 2), (1, -2), (-1, 0))]
+    return float(np.max(errors))
+
+
 def _product_checks(A: Operator, vecs: list[Any], tol: float) -> list[Check]:
     "Linearity, and many vectors against single ones"
     u, v, *_ = vecs
-    add = lambda a, b: jax.tree.map(lambda a, b: a + 2 * b, a, b)
     many = A.matmat(jax.tree.map(lambda *leaves: jnp.stack(leaves), u, v))
     single = jax.tree.map(lambda *leaves: jnp.stack(leaves), A(u), A(v))
-    return [Check(f"{A.symbol} is linear", _relative(A(add(u, v)), add(A(u), A(v))), tol),
+    return [Check(f"{A.symbol} is linear", _nonlinearity(A, u, v), tol),
             Check(f"{A.symbol} of many vectors is that of each", _relative(many, single), tol)]
 
 
@@ -311,10 +402,10 @@ def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
     "The contract, the definition, chunks and order"
     tol, name = 10 * _allowed(A.structure), A.symbol
     vecs = _random_vectors(A, key, 4)
-    small = A.shape[0] <= 512
-    matrix = np.asarray(A.dense(), np.float64) if small else _inner_products(A, vecs)
-    checks = _definition_check(A, matrix, tol) if small else []
-    checks += [Check(f"{name} is symmetric", _relative(matrix, matrix.T), tol)]
+    if A.shape[0] <= 512: matrix, scale = np.asarray(A.dense(), np.float64), None
+    else: matrix, scale = _inner_products(A, vecs)
+    checks = _definition_check(A, matrix, tol) if scale is None else []
+    checks += [Check(f"{name} is symmetric", _relative(matrix, matrix.T, scale), tol)]
     if A.is_psd: checks += [Check(f"{name} is positive semi-definite", _negativity(matrix), tol)]
     checks += _product_checks(A, vecs, tol)
     return checks + (_sample_checks(A, vecs[0], tol) if isinstance(A, Curvature) else [])
@@ -350,7 +441,7 @@ def verify(
     Raises:
 
     - `AssertionError`: a check failed, and `raise_on_failure` is True.
-    - `TypeError`: an operator on a stream.
+    - `TypeError`: an operator on a stream; by its name, what holds anything but numbers.
     - `ValueError`: a loss without a prediction, or without a target that it needs.
 
     Example:
@@ -385,9 +476,7 @@ def _verify_loss(
     "The report on a loss"
     if pred is None:
         raise ValueError("pred: got None, expected a prediction to check the loss at")
-    pred = _check_small(pred)
-    given = {"weight": weight, "mask": mask}
-    given = {name: value for name, value in given.items() if value is not None}
+    pred, target, given = _read_arguments(loss, pred, target, weight, mask)
     if target is None: target = _draw_target(loss, pred, key)
     checks = _loss_checks(loss, pred, target, given, key)
     return Report(repr(loss), (*checks, *_chunk_checks(loss, pred, target, given, key)))

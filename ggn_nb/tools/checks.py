@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/tools/00_checks.ipynb #4b02b9d4
+import operator
 from typing import Any
 
 import jax
@@ -25,19 +26,32 @@ def _dtype(leaf: Any) -> np.dtype:
         raise TypeError(f"got {type(leaf).__name__}, expected an array") from None
 
 # %% ../../nbs/tools/00_checks.ipynb #8a09f89e
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def _check_dtype(leaf: Any, where: str) -> None:
+    "Raise `TypeError` unless JAX reads `leaf` in one of the dtypes of `FLOATS`"
+    try:
+        dtype = _dtype(leaf)
+    except TypeError as error:
+        raise TypeError(f"{where}: {error}") from None
+    if dtype.name not in FLOATS:
+        expected = f"a real floating-point dtype, {', '.join(FLOATS[:-1])} or {FLOATS[-1]}"
+        raise TypeError(f"{where}: got dtype {dtype}, expected {expected}")
+
+
 def check_floating(
     tree: Any,  # pytree of arrays
     name: str,  # the argument's name, for the message
 ) -> None:
-    "Raise `TypeError` unless every leaf of `tree` is an array of real floating-point numbers"
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        where, expected = f"{name}{_name(path)}", "expected a real floating-point dtype"
-        try:
-            dtype = _dtype(leaf)
-        except TypeError as error:
-            raise TypeError(f"{where}: {error}") from None
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise TypeError(f"{where}: got dtype {dtype}, {expected}")
+    "Raise unless `tree` has leaves (`ValueError`), all arrays of real floats (`TypeError`)"
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves: raise ValueError(f"{name}: got {tree!r}, expected at least one array")
+    for path, leaf in leaves:
+        where = name + _name(path)
+        if type(leaf) in (bool, int, float, complex):
+            raise TypeError(f"{where}: got a Python {type(leaf).__name__}, expected an array")
+        _check_dtype(leaf, where)
 
 # %% ../../nbs/tools/00_checks.ipynb #a5063762
 def check_array(
@@ -48,7 +62,7 @@ def check_array(
     if not jax.tree_util.all_leaves([x]):
         expected = "expected a single array of floating-point numbers"
         raise TypeError(f"{name}: got {type(x).__name__}, {expected}")
-    check_floating(x, name)
+    _check_dtype(x, name)
 
 # %% ../../nbs/tools/00_checks.ipynb #7c5458eb
 def _check_leaf(leaf: Any, want: Any, name: str, like_name: str) -> None:
@@ -118,10 +132,26 @@ def check_function(
         raise TypeError(message) from None
 
 # %% ../../nbs/tools/00_checks.ipynb #d3b259df
+def check_integer(value: Any, name: str) -> int:
+    "`value` as an integer of Python; `TypeError` unless it is one whole number"
+    try:
+        if isinstance(value, (bool, np.bool_)): raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}, expected a whole number") from None
+
+
 def check_size(value: Any, name: str) -> int | None:
     "`value`, if it is None or a whole number ≥ 1; `TypeError` or `ValueError` otherwise"
     if value is None: return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: got {value!r}, expected a whole number or None")
-    if value < 1: raise ValueError(f"{name}: got {value}, expected at least 1")
-    return value
+    try: size = None if isinstance(value, bool) else operator.index(value)
+    except TypeError: size = None
+    if size is None: raise TypeError(f"{name}: got {value!r}, expected a whole number or None")
+    if size < 1: raise ValueError(f"{name}: got {size}, expected at least 1")
+    return size
+
+# %% ../../nbs/tools/00_checks.ipynb #571b11da
+def check_flag(value: Any, name: str) -> bool:
+    "`value`, if it is a truth value of Python or NumPy; `TypeError` otherwise"
+    if isinstance(value, (bool, np.bool_)): return bool(value)
+    raise TypeError(f"{name}: got {value!r}, expected True or False")

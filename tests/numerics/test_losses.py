@@ -129,7 +129,7 @@ def weights_for(kind, positions, rng):
 
 
 KINDS = ("none", "scalar", "sample", "position", "mask", "both")
-LEADS = [(2,), (2, 3), (3, 2, 2)]
+LEADS = [(2,), (2, 4), (3, 2, 2)]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -174,7 +174,7 @@ def test_full_hessian(name):
 @pytest.mark.parametrize("name", sorted(set(VARIANTS) - {"laplace"}))
 def test_verify_passes(name):
     variant = VARIANTS[name]
-    f, _, y, rng = draw(variant, (2, 3), 1)
+    f, _, y, rng = draw(variant, (2, 4), 1)
     given, _ = weights_for("both", f.shape if variant.size is None else f.shape[:-1], rng)
     loss = create_loss(variant.name, **variant.options)
     verify(loss, f, y, raise_on_failure=True)

@@ -299,7 +299,80 @@ def test_selection_inside_jit(linearize):
     assert_close(jax.vmap(G)(vecs), jax.tree.map(lambda g: jnp.stack([g, -g]), G(vec)))
 
 
+# --- what is no array
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["w", "b", "act", "name", "power", "nothing"], meta_fields=["width"])
+@dataclass(frozen=True)
+class Layer:
+    """A module whose leaves are arrays, functions, text and numbers, as in Equinox."""
+
+    w: object
+    b: object
+    act: object
+    name: object
+    power: object
+    nothing: object = None
+    width: int = 2
+
+    def __call__(self, x):
+        assert (self.name, self.width, self.nothing) == ("layer", 2, None)
+        return self.act(x @ self.w + self.b.astype(float)) ** range(5)[self.power]
+
+
+def layer(k=0.0, **others):
+    return Layer(**{"w": jnp.ones((3, 2)) / 2 + k, "b": jnp.arange(2) - 1, "act": jnp.tanh, "name": "layer", "power": 3} | others)
+
+
+def call_layer(input, params):
+    return params(input)
+
+
+ACTIVATIONS = {"of JAX": lambda: jnp.tanh, "lambda": lambda: lambda x: jnp.tanh(x), "partial": lambda: partial(jax.nn.gelu, approximate=True)}
+
+
+@policies
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_frozen_leaves_may_be_no_arrays(act, linearize):
+    run = jax.jit(apply)
+    for k, compiles in [(0.0, None), (0.5, 0)]:
+        module = layer(k, act=ACTIVATIONS[act]())
+        with count_compiles() as compiled:
+            fn, selected = select_params(call_layer, module, "^w$")
+            G = create_ggn_mv(fn, selected, DATA, "cross_entropy", linearize=linearize)
+            products = G(selected), run(G, selected)
+        assert compiles is None or compiled.count == compiles
+        assert [leaf.dtype for leaf in jax.tree.leaves(fn)] == [module.b.dtype]
+        alone = lambda input, params, b=module.b: ACTIVATIONS[act]()(input @ params + b.astype(float)) ** 3
+        assert_close(dense_of(G, selected), oracle_of(alone, module.w, DATA, log_softmax_at))
+        assert_close(*products)
+
+
+def test_other_leaves_are_other_programs():
+    structures = [jax.tree.structure(select_params(call_layer, layer(power=p), "^w$")[0]) for p in (2, 2.0, 3, 2)]
+    assert len({*structures}) == 3
+    assert structures[0] == structures[3]
+
+
+def test_a_module_of_equinox():
+    eqx = pytest.importorskip("equinox")
+    module = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    fn, selected = select_params(lambda input, params: params(input), module, "layers/1/")
+    arrays, static = eqx.partition(module, eqx.is_array)
+    matrix = oracle_of(lambda input, params: eqx.combine(params, static)(input), arrays, DATA, log_softmax_at)
+    size = sum(leaf.size for leaf in jax.tree.leaves(selected))
+    assert_close(dense_of(create_ggn_mv(fn, selected, DATA, "cross_entropy"), selected), matrix[-size:, -size:])
+
+
 # --- what is refused
+
+
+class Tensor:
+    """An array of another library."""
+
+    def __array__(self):
+        return np.ones(3)
+
 
 W = {"w": jnp.ones((3, 2)), "b": jnp.ones(2), "n": jnp.arange(2), "name": "first"}
 KINDS = "expected a regular expression, a predicate or a tree of booleans"
@@ -324,7 +397,10 @@ REFUSED = {
     "another container": (dict(select=[True, False, False]), ValueError, "expected a prefix of that of params"),
     "deeper than the parameters": (dict(select={"w": [True], "b": False, "n": False}), ValueError, "expected a prefix of that of params"),
     "selected integers": (dict(select="n"), TypeError, "params['n']: got dtype int64, expected a real floating-point dtype"),
-    "frozen text": (dict(params=W), TypeError, "params['name']: got str, expected an array"),
+    "frozen list of text": (dict(params=W | {"name": np.array(["a"])}), TypeError, "params['name']: got dtype <U1, expected an array of numbers"),
+    "frozen set": (dict(params=W | {"name": {1}}), TypeError, "params['name']: got set, expected an array of numbers, or a value that can be hashed"),
+    "frozen tensor": (dict(params=W | {"name": Tensor()}), TypeError, "params['name']: got Tensor, expected an array of numbers"),
+    "selected function": (dict(params=W | {"name": jnp.tanh}, select="name"), TypeError, "params['name']: got PjitFunction, expected an array"),
     "selected text": (dict(params=W, select="name"), TypeError, "params['name']: got str, expected an array"),
 }
 
