@@ -24,7 +24,9 @@ from .samples import Samples, count_samples, read_samples
 from .streamed import Streamed, on_stream
 from .streams import Stream
 from ..tools.arrays import as_array, register_pytree, working_dtype
-from ..tools.checks import check_floating, check_like, check_scalar, check_size
+from ggn_nb.tools.checks import (
+    check_flag, check_floating, check_like, check_scalar, check_size,
+)
 from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/operators/14_creation.ipynb #823d56c2
@@ -85,8 +87,8 @@ def make_problem(
     batch_size = check_size(batch_size, "batch_size")
     return Problem(
         function_as_pytree(model_fn, "model_fn"), jax.tree.map(as_array, params), loss,
-        as_array(factor, jnp.result_type(float)), bool(vmap_over_data), batch_size,
-        check_linearize(linearize, batch_size),
+        as_array(factor, jnp.result_type(float)), check_flag(vmap_over_data, "vmap_over_data"),
+        batch_size, check_linearize(linearize, batch_size),
     )
 
 # %% ../../nbs/operators/14_creation.ipynb #aa1cf63a
@@ -182,8 +184,13 @@ def _mean_factor(total: Any, weights: Any) -> tuple[jax.Array, Any]:
     "total / the geometric mean of the heads' weights, and for several heads the rest of each"
     heads = jax.tree.leaves(weights)
     if len(heads) == 1: return _ratio(total, heads[0]), None
-    middle = jnp.exp(jnp.mean(jnp.log(jnp.stack(heads))))
+    middle = _geometric_mean(heads)
     return _ratio(total, middle), jax.tree.map(lambda weight: middle / weight, weights)
+
+
+@jax.jit
+def _geometric_mean(numbers: list[jax.Array]) -> jax.Array:
+    return jnp.exp(jnp.mean(jnp.log(jnp.stack(numbers))))
 
 
 def _ratio(total: Any, by: Any) -> jax.Array:
@@ -194,13 +201,17 @@ def _ratio(total: Any, by: Any) -> jax.Array:
     floating = jnp.issubdtype(jnp.result_type(by), jnp.floating)
     by = jnp.asarray(by, None if floating else default)
     dtype = working_dtype(default, by.dtype)
-    return jnp.asarray(total, dtype) / by.astype(dtype)
+    return as_array(total, dtype) / by.astype(dtype)
 
 
 def _check_that_something_counts(weights: Any) -> None:
-    nothing = jnp.any(jnp.stack([weight <= 0 for weight in jax.tree.leaves(weights)]))
     message = "weight: got nothing that counts, expected a positive sum for a mean"
-    raise_faults({message: nothing})
+    raise_faults({message: _any_not_positive(jax.tree.leaves(weights))})
+
+
+@jax.jit
+def _any_not_positive(numbers: list[jax.Array]) -> jax.Array:
+    return jnp.any(jnp.stack([number <= 0 for number in numbers]))
 
 # %% ../../nbs/operators/14_creation.ipynb #4471beec
 def create_operator(
