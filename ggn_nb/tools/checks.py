@@ -50,7 +50,8 @@ def check_floating(
     for path, leaf in leaves:
         where = name + _name(path)
         if type(leaf) in (bool, int, float, complex):
-            raise TypeError(f"{where}: got a Python {type(leaf).__name__}, expected an array")
+            expected = "an array of real floating-point numbers"
+            raise TypeError(f"{where}: got a Python {type(leaf).__name__}, expected {expected}")
         _check_dtype(leaf, where)
 
 # %% ../../nbs/tools/00_checks.ipynb #a5063762

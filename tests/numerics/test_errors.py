@@ -19,11 +19,11 @@ ROW = jnp.ones(3)
 identity = lambda jv, pred, target: jv
 
 
-def bound(params=W, data=DATA, loss="mse", model_fn=linear, **options):
+def bound(params=W, data=DATA, loss="cross_entropy", model_fn=linear, **options):
     return create_ggn_mv(model_fn, params, data, loss, **options)
 
 
-def unbound(params=W, loss="mse", factor=1.0, model_fn=linear, **options):
+def unbound(params=W, loss="cross_entropy", factor=1.0, model_fn=linear, **options):
     return create_ggn_mv_without_data(model_fn, params, loss, factor, **options)
 
 

@@ -547,7 +547,7 @@ def test_class_axis(axis):
     f = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 4, 3)))
     last = jnp.moveaxis(f, axis, -1)
     y = jnp.asarray(np.random.default_rng(1).integers(0, 3, last.shape[:-1]))
-    here, there = create_loss("cross_entropy", axis=axis), create_loss("cross_entropy")
+    here, there = (create_loss("cross_entropy", axis=a) for a in (axis, -1))
     for given in ({}, {"weight": jnp.array([1.0, 2.0])}, {"mask": jnp.asarray(np.random.default_rng(2).uniform(size=y.shape) > 0.5)}):
         assert_close(here.value(f, y, **given), there.value(last, y, **given))
         for method in ("hessian_mv", "square_root_mv", "square_root_transpose_mv"):
