@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from ggn_cases import POLICIES, oracle_of, random_like, run_python
 from ggn_nb import Diagonal, create_fisher_mv, create_ggn_mv, create_hessian_mv, register_operator
@@ -140,7 +141,8 @@ def test_derivatives_of_products_with_many_vectors():
 
 
 def stacked(num_vectors):
-    return jax.tree.map(lambda leaf: jnp.ones((num_vectors, *leaf.shape), leaf.dtype), params)
+    """So many vectors, made without a program."""
+    return jax.tree.map(lambda leaf: jax.device_put(np.ones((num_vectors, *leaf.shape), leaf.dtype)), params)
 
 
 @policies
