@@ -11,6 +11,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ..losses.weights import raise_faults
