@@ -59,8 +59,7 @@ def _take_neighbours(leaf, i, sizes) -> jax.Array:
 
 def _take_rest(data: Any, sizes: ChunkSizes) -> Any:
     "The last `rest` samples"
-    start = lambda leaf: jnp.uint32(len(leaf) - sizes.rest)
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start(x), sizes.rest), data)
+    return jax.tree.map(lambda leaf: leaf[len(leaf) - sizes.rest :], data)
 
 # %% ../../nbs/operators/04_chunks.ipynb #0c0df034
 def _num_rows(data: Any) -> int:
@@ -118,8 +117,7 @@ def map_over_chunks(
     sizes = chunk_sizes(_num_rows(data), batch_size)
     wide = jax.tree.map(lambda p: p.astype(wide_dtype(p.dtype)), params)
     result_of = lambda chunk: _check_rows(fn(cast_like(wide, params), chunk), chunk)
-    numbers = jnp.arange(sizes.count, dtype=jnp.uint32)  # unsigned: see the policies
-    stacked = lax.map(lambda i: result_of(_take_chunk(data, i, sizes)), numbers)
+    stacked = lax.map(lambda i: result_of(_take_chunk(data, i, sizes)), jnp.arange(sizes.count))
     results = jax.tree.map(partial(_in_order, sizes=sizes), stacked)
     if not sizes.rest: return results
     last = result_of(_take_rest(data, sizes))
