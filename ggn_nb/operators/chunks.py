@@ -59,8 +59,7 @@ def _take_neighbours(leaf, i, sizes) -> jax.Array:
 
 def _take_rest(data: Any, sizes: ChunkSizes) -> Any:
     "The last `rest` samples"
-    start = lambda leaf: jnp.uint32(len(leaf) - sizes.rest)
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start(x), sizes.rest), data)
+    return jax.tree.map(lambda leaf: leaf[len(leaf) - sizes.rest :], data)
 
 # %% ../../nbs/operators/04_chunks.ipynb #0c0df034
 def _num_rows(data: Any) -> int:
@@ -116,8 +115,7 @@ def map_over_chunks(
     if _is_one_chunk(data, batch_size): return fn(params, data)
     sizes = chunk_sizes(_num_rows(data), batch_size)
     result_of = lambda chunk: check_rows(fn(params, chunk), chunk)
-    numbers = jnp.arange(sizes.count, dtype=jnp.uint32)  # unsigned: see the policies
-    stacked = lax.map(lambda i: result_of(_take_chunk(data, i, sizes)), numbers)
+    stacked = lax.map(lambda i: result_of(_take_chunk(data, i, sizes)), jnp.arange(sizes.count))
     results = jax.tree.map(partial(_in_order, sizes=sizes), stacked)
     if not sizes.rest: return results
     last = result_of(_take_rest(data, sizes))

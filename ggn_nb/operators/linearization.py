@@ -52,9 +52,14 @@ def equations_of(program: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
             if isinstance(value, ClosedJaxpr | Jaxpr): yield from equations_of(value)
 
 
+def contains(program: ClosedJaxpr, *names: str) -> bool:
+    "Is there an operation in it whose name begins like this?"
+    return any(eqn.primitive.name.startswith(names) for eqn in equations_of(program))
+
+
 def is_reverse_only(program: ClosedJaxpr) -> bool:
     "Is there a function in it whose derivative is only known transposed?"
-    return any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in equations_of(program))
+    return contains(program, "custom_vjp_call")
 
 # %% ../../nbs/operators/11_linearization.ipynb #94d1d27a
 def _is_complex(dtype: Any) -> bool: return jnp.issubdtype(dtype, jnp.complexfloating)
@@ -125,15 +130,20 @@ def _refusal(what: str, reason: tuple[str, str]) -> ValueError:
     return ValueError(f"model_fn: {got.format(what)}; expected {expected}")
 
 
+def _explanation(error: Exception) -> ValueError | None:
+    "What an error of JAX about a derivative means for a model; None for all other errors"
+    if str(error).startswith("model_fn: "): return None  # is explained already
+    for pattern, reason in _REFUSED.items():
+        if found := re.search(pattern, str(error)): return _refusal("".join(found.groups()), reason)
+    return None
+
+
 @contextmanager
 def explaining_model_errors() -> Iterator[None]:
     "JAX's errors about a derivative become `ValueError` that name the model; others stay"
     try: yield
     except Exception as error:
-        if str(error).startswith("model_fn: "): raise
-        for pattern, reason in _REFUSED.items():
-            if found := re.search(pattern, str(error)):
-                raise _refusal("".join(found.groups()), reason) from error
+        if explanation := _explanation(error): raise explanation from error
         raise
 
 # %% ../../nbs/operators/11_linearization.ipynb #abff1f06
@@ -150,16 +160,17 @@ def _transposed(fn: Callable, params: Any) -> tuple[Any, LinearFunction]:
     forwards = lambda v: jax.linear_transpose(backwards, result)(v)[0]
     try: return result, linear_function(forwards, params)
     except Exception as error:
-        with explaining_model_errors(): raise
-        raise _refusal("its backward rule", _NOT_TRANSPOSED) from error
+        otherwise = _refusal("its backward rule", _NOT_TRANSPOSED)
+        raise _explanation(error) or otherwise from error
 
 # %% ../../nbs/operators/11_linearization.ipynb #3aa230cc
 def _by_policy(fn: Callable, program: ClosedJaxpr, linearize: Linearize) -> list[Callable]:
     "`fn` under each of the policies to choose from; as it is where `jax.checkpoint` does not suit"
     everything = linearize in ("cached", "recomputed")
     if program.effects or everything and has_complex_values(program): return [fn]
-    policies = map(of_real_values, checkpoint_policies(linearize))
-    return [jax.checkpoint(fn, policy=policy, prevent_cse=False) for policy in policies]
+    policies = checkpoint_policies(linearize, has_loops=contains(program, "scan", "while"))
+    return [jax.checkpoint(fn, policy=of_real_values(policy), prevent_cse=False)
+            for policy in policies]
 
 
 def linearize_at(

@@ -9,18 +9,17 @@ __all__ = []
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax.numpy as jnp
-
 from ..tools.functions import static_function
 
 # %% ../../nbs/operators/10_policies.ipynb #3e144772
-def _worth_storing(primitive, *avals, **_) -> bool:
-    "Checkpoint policy: every intermediate value but views, broadcast constants and input chunks"
-    if primitive.name == "dynamic_slice": return not _is_unsigned(avals[-1])
-    return primitive.name not in ("broadcast_in_dim", "iota", "reshape", "squeeze")
+def _worth_storing(primitive, *_, **__) -> bool:
+    "Checkpoint policy: every intermediate value but broadcast constants"
+    return primitive.name not in ("broadcast_in_dim", "iota")
 
 
-def _is_unsigned(aval) -> bool: return jnp.issubdtype(aval.dtype, jnp.unsignedinteger)
+def _worth_storing_outside_loops(primitive, *_, **__) -> bool:
+    "Checkpoint policy: the same, but for arrays in another shape"
+    return _worth_storing(primitive) and primitive.name not in ("reshape", "squeeze")
 
 # %% ../../nbs/operators/10_policies.ipynb #4d9b67b0
 _PRODUCTS = ("dot_general", "conv_general_dilated")
@@ -39,16 +38,15 @@ def _is_product_or_summary(primitive, *_, **__) -> bool:
 
 # %% ../../nbs/operators/10_policies.ipynb #40f6982c
 Linearize = Literal["cached", "rematerialized", "recomputed"] | Callable[..., Any]
-_POLICIES: dict[str, tuple[Callable, ...]] = {
-    "cached": (_worth_storing,),
-    "rematerialized": (_is_product, _is_product_or_summary, _worth_storing),
-    "recomputed": (_worth_storing,),
-}
+_NAMES = ["cached", "rematerialized", "recomputed"]
 
 
-def checkpoint_policies(linearize: Linearize) -> tuple[Callable, ...]:
+def checkpoint_policies(linearize: Linearize, has_loops: bool) -> tuple[Callable, ...]:
     "The policies of `jax.checkpoint` of which a name stands for the smallest; or the one given"
-    return (linearize,) if callable(linearize) else _POLICIES[linearize]
+    if callable(linearize): return (linearize,)
+    everything = _worth_storing if has_loops else _worth_storing_outside_loops
+    products = (_is_product, _is_product_or_summary) if linearize == "rematerialized" else ()
+    return (*products, everything)
 
 # %% ../../nbs/operators/10_policies.ipynb #33e91252
 def check_linearize(
@@ -58,8 +56,8 @@ def check_linearize(
 ) -> Linearize:
     "`linearize`, or its default: cached, but recomputed where the data is taken in batches"
     if linearize is None: return "recomputed" if streamed or batch_size is not None else "cached"
-    if not callable(linearize) and linearize not in list(_POLICIES):
-        raise ValueError(f"linearize: got {linearize!r}, expected one of {list(_POLICIES)} or a "
+    if not callable(linearize) and linearize not in _NAMES:
+        raise ValueError(f"linearize: got {linearize!r}, expected one of {_NAMES} or a "
                          "policy of jax.checkpoint_policies")
     if streamed and linearize != "recomputed":
         raise ValueError(f"linearize: got {linearize!r}, expected 'recomputed': with a stream "
