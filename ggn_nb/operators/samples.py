@@ -151,7 +151,7 @@ def map_named(
 ) -> Samples:
     "`fn` of each leaf and its name; a column of numbers is one leaf"
     named = lambda path, leaf: fn(leaf, leaf_name(path))
-    is_leaf = lambda x: is_column(x) or isinstance(x, Iterator)  # of which JAX would make a tree
+    is_leaf = lambda x: is_column(x) or isinstance(x, Iterator)  # named here
     parts = jax.tree_util.tree_map_with_path(named, samples._asdict(), is_leaf=is_leaf)
     return Samples(**parts)
 
