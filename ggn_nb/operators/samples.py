@@ -6,7 +6,7 @@
 __all__ = ['Samples']
 
 # %% ../../nbs/operators/00_samples.ipynb #20916ffd
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -151,7 +151,8 @@ def map_named(
 ) -> Samples:
     "`fn` of each leaf and its name; a column of numbers is one leaf"
     named = lambda path, leaf: fn(leaf, leaf_name(path))
-    parts = jax.tree_util.tree_map_with_path(named, samples._asdict(), is_leaf=is_column)
+    is_leaf = lambda x: is_column(x) or isinstance(x, Iterator)  # named here
+    parts = jax.tree_util.tree_map_with_path(named, samples._asdict(), is_leaf=is_leaf)
     return Samples(**parts)
 
 # %% ../../nbs/operators/00_samples.ipynb #bd6263e2
