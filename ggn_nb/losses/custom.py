@@ -33,6 +33,7 @@ from ..tools.functions import function_as_pytree
 def _read_prediction(pred) -> Any:
     "`pred` as a pytree of floating-point arrays"
     check_floating(pred, "pred")
+    if not jax.tree.leaves(pred): raise ValueError(f"pred: got {pred}, expected at least one array")
     return jax.tree.map(jnp.asarray, pred)
 
 

@@ -44,15 +44,14 @@ def check_floating(
     tree: Any,  # pytree of arrays
     name: str,  # the argument's name, for the message
 ) -> None:
-    "Raise unless `tree` has leaves (`ValueError`), all arrays of real floats (`TypeError`)"
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    if not leaves: raise ValueError(f"{name}: got {tree!r}, expected at least one array")
-    for path, leaf in leaves:
-        where = name + _name(path)
-        if type(leaf) in (bool, int, float, complex):
-            expected = "an array of real floating-point numbers"
-            raise TypeError(f"{where}: got a Python {type(leaf).__name__}, expected {expected}")
-        _check_dtype(leaf, where)
+    "Raise unless it is something (`ValueError`), and all leaves hold real floats (`TypeError`)"
+    if tree is None: raise ValueError(f"{name}: got None, expected at least one array")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        in_list = bool(path) and isinstance(path[-1], jax.tree_util.SequenceKey)
+        if in_list and type(leaf) in (bool, int, float, complex):
+            raise TypeError(f"{name}{_name(path)}: got a Python {type(leaf).__name__} in a list, "
+                            "expected an array of real floating-point numbers")
+        _check_dtype(leaf, name + _name(path))
 
 # %% ../../nbs/tools/00_checks.ipynb #a5063762
 def check_array(

@@ -129,8 +129,8 @@ def test_vector_that_does_not_match(row, linearize):
 
 @table(
     ("integer", {"w": W, "n": np.arange(3)}, r"params\['n'\]", "int64", "floating"),
-    ("python integer", {"w": W, "n": 3}, r"params\['n'\]", "int", "array"),
-    ("boolean", {"w": W, "n": True}, r"params\['n'\]", "bool", "array"),
+    ("python integer", {"w": W, "n": 3}, r"params\['n'\]", "int", "floating"),
+    ("boolean", {"w": W, "n": True}, r"params\['n'\]", "bool", "floating"),
     ("complex", (np.ones(2, complex),), r"params\[0\]", "complex128", "floating"),
     ("text", {"w": W, "name": "net"}, r"params\['name'\]", "str", "array"),
     ("key", {"w": W, "key": jax.random.key(0)}, r"params\['key'\]", "key", "floating"),
