@@ -13,7 +13,7 @@ from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.mse import mse
 from ggn_nb.tools.timing import count_compiles
 
-W, X, Y = jnp.ones((3, 2)), np.ones((4, 3)), np.zeros((4, 2))
+W, X, Y = jnp.ones((3, 2)), np.ones((4, 3)), np.array([0, 1, 0, 1])
 DATA = {"input": X, "target": Y}
 ROW = jnp.ones(3)
 identity = lambda jv, pred, target: jv
