@@ -128,10 +128,13 @@ class ParsedTarget(NamedTuple):
     fill: float = 1.0  # a valid target, for positions that do not count
 
 # %% ../../nbs/losses/02_closed_form.ipynb #b2000003
+def _is_finite(y: jax.Array) -> jax.Array: return jnp.isfinite(y)  # by name, for `pickle`
+
+
 @dataclass(frozen=True, repr=False)
 class Entries:
     "Reads real numbers, one for each entry of the prediction"
-    inside: Callable = jnp.isfinite  # y -> is it in the loss's domain?
+    inside: Callable = _is_finite  # y -> is it in the loss's domain?
     domain: str = "finite real numbers"  # the same in words, for the message
     fill: float = 1.0  # a number of the domain, for positions that do not count
 

@@ -103,7 +103,7 @@ def test_a_head_has_its_target_checked_and_no_loss_has_none():
     loss = multi_head({"a": "mse", "b": "none"})
     f = {"a": F, "b": F}
     with pytest.raises(ValueError, match="target: got"):
-        loss.hessian_mv(f, f, {"a": F[:3], "b": None})
+        loss.value(f, {"a": F[:3], "b": None})
     assert_close(loss.hessian_mv(f, f, {"a": None, "b": object()}), {"a": 2 * F, "b": F})
     assert_close(create_loss("none").hessian_mv(U, F, {"any": "thing"}), U)
 
