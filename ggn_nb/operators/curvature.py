@@ -115,8 +115,9 @@ class Problem:
         "factor · Σ w ℓ, one number"
         values = self.call_loss("value", pred, samples)
         scales = 1.0 if self.head_scales is None else self.head_scales
-        heads = jax.tree.map(lambda c, head: c * _sum_leaves(head), scales, values)
-        return self.factor * sum(jax.tree.leaves(heads))
+        sums = jax.tree.map(lambda _, head: _sum_leaves(head), scales, values)
+        total = sum(jax.tree.leaves(jax.tree.map(lambda c, s: jnp.asarray(c, s.dtype) * s, scales, sums)))
+        return self.factor.astype(total.dtype) * total
 
 
 def _sum_leaves(tree: Any) -> jax.Array:

@@ -113,7 +113,8 @@ def _dense_hessian_of_loss(problem, samples, pred, unravel) -> jax.Array:
     total = lambda f: problem.weighted_loss(unravel(f), samples)
     if problem.loss.is_hessian and _has_value(total, pred): return jax.hessian(total)(pred)
     product = lambda u: problem.call_loss("hessian_mv", unravel(pred), samples, unravel(u))
-    column = lambda u: problem.factor * ravel_pytree(problem.scale_heads(product(u)))[0]
+    factor = problem.factor.astype(pred.dtype)
+    column = lambda u: factor * ravel_pytree(problem.scale_heads(product(u)))[0]
     return jax.vmap(column)(jnp.eye(pred.size, dtype=pred.dtype)).T
 
 

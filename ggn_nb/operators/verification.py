@@ -339,7 +339,7 @@ def _common_length(tree: Any) -> int:
 
 def _mean_check(loss: Loss, whole: Any, first: Any, second: Any, tol: float) -> Check:
     "The mean is the sum of the chunks' totals over the sum of their weights"
-    total = lambda _, f, y, w: jax.tree.map(jnp.sum, loss.value(f, y, **w))
+    total = lambda _, f, y, w: jax.tree.map(sum_entries, loss.value(f, y, **w))
     weight = lambda _, f, y, w: loss.weight_sum(f, y, **w)
     add = lambda fn: jax.tree.map(jnp.add, fn(*first), fn(*second))
     mean = sum(jax.tree.leaves(jax.tree.map(jnp.divide, add(total), add(weight))))
