@@ -116,7 +116,8 @@ class Problem:
         values = self.call_loss("value", pred, samples)
         scales = 1.0 if self.head_scales is None else self.head_scales
         sums = jax.tree.map(lambda _, head: _sum_leaves(head), scales, values)
-        total = sum(jax.tree.leaves(jax.tree.map(lambda c, s: jnp.asarray(c, s.dtype) * s, scales, sums)))
+        scaled = jax.tree.map(lambda c, s: jnp.asarray(c, s.dtype) * s, scales, sums)
+        total = sum(jax.tree.leaves(scaled))
         return self.factor.astype(total.dtype) * total
 
 

@@ -22,7 +22,7 @@ from ..losses.loss import Loss
 from ..losses.weights import along
 from .curvature import Curvature, on_samples
 from .operator import Operator
-from ..tools.arrays import working_dtype
+from ..tools.arrays import sum_entries, working_dtype
 from ..tools.checks import check_floating
 from ..tools.testing import dense_from_mv
 
