@@ -387,15 +387,15 @@ def _trace_product(operator: Curvature) -> None:
     product.eval_shape(operator, operator.structure)
 
 # %% ../../nbs/operators/12_curvature.ipynb #c5a20005
-def _check_chunks(operator: Curvature) -> None:
-    "Raise `ValueError` where chunks of samples that are seen together would change the number"
+def chunk_faults(operator: Curvature) -> dict[str, jax.Array]:
+    "Would chunks of samples that are seen together change the number? message -> is it so?"
     problem, at_once = operator.problem, operator.problem.samples_at_once
-    if problem.vmap_over_data or at_once is None: return
+    if problem.vmap_over_data or at_once is None: return {}
     num_samples = count_samples(operator.samples)
-    if at_once >= num_samples: return
+    if at_once >= num_samples: return {}
     together = max(2, min(at_once, num_samples))
     rows = np.linspace(0, num_samples - 1, together).astype(np.int32)
-    raise_faults(_depends_on_others(operator, rows))
+    return _depends_on_others(operator, rows)
 
 
 @program
@@ -472,7 +472,7 @@ def on_samples(
     if problem.vmap_over_data: samples = _without_blank_inputs(samples)
     operator = kind(problem, samples)
     check_product(operator)
-    _check_chunks(operator)
+    raise_faults(chunk_faults(operator))
     return operator, weights
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ..losses.weights import raise_faults
 from .batches import Batch, masked_samples
 from ggn_nb.operators.curvature import (
-    Curvature, Problem, check_product, inspect_samples, sum_products,
+    Curvature, Problem, check_product, chunk_faults, inspect_samples, sum_products,
 )
 from .layout import layout_of
 from .operator import Operator, structure_of
@@ -129,6 +129,7 @@ def _inspect_batch(batch: Batch, kind: type[Curvature], problem: Problem, weigh:
     samples = _samples_of(problem, batch)
     faults, weights = inspect_samples(kind, problem, samples, weigh)
     check_product(kind(problem, samples))
+    faults = faults | chunk_faults(kind(problem, samples))
     weights = jax.tree.map(lambda weight: weight.astype(jnp.result_type(float)), weights)
     return faults, weights, None if batch.counted is None else jnp.sum(batch.counted)
 
