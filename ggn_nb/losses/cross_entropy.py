@@ -100,7 +100,7 @@ def _expected(z, y, class_weight, label_smoothing) -> jax.Array:
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ce200002
 def _most_likely(f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    "Is it the largest logit (the first of them)? How far is it below that? And the sum r, kept axis"
+    "Is it the first largest logit? How far is it below? And the sum r, with its axis"
     numbers = jax.lax.broadcasted_iota(jnp.int32, f.shape, f.ndim - 1)
     top = numbers == jnp.argmax(f, axis=-1, keepdims=True).astype(jnp.int32)
     largest = jnp.sum(jnp.where(top, f, 0), axis=-1, keepdims=True)
