@@ -392,7 +392,7 @@ class ClosedFormLoss(Loss):
       real number for each entry of the prediction; None: the loss has no target.
     - `axis`: the axis of a position's vector, such as the classes; None: each entry is a position.
     - `target_use`: does H need the target? "required", "optional" (which positions count is read
-      where it is given) or "unused". A target that is given is checked in any case.
+      where it is given) or "unused". `faults` checks a target that is given in any case.
     - `is_hessian`: is H the Hessian of the value?
     - `is_fisher`: is H the Fisher information of `sample`'s distribution?
     - `curvature`: "hessian" or "fisher" where a loss has this option, else None; `repr` shows it.

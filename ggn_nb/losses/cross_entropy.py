@@ -150,10 +150,12 @@ def cross_entropy_gradient(
     "s p − t, p = softmax(f), with s = Σ_c t_c, which is 1 without class weights"
     s = _total_weight(f, y, class_weight, label_smoothing)
     t = _target_distribution(f, y, class_weight, label_smoothing)
-    top, _, rest = _most_likely(f)
-    not_top = _multiplied(s, jnp.broadcast_to(rest / (1 + rest), f.shape))
-    ones = _multiplied(s, jnp.ones_like(f))
-    return jnp.where(top, (ones - t) - not_top, _multiplied(s, jax.nn.softmax(f)) - t)
+    top, gap, rest = _most_likely(f)
+    p = jnp.exp(-gap) / (1 + rest)
+    others = jnp.broadcast_to(rest / (1 + rest), f.shape)  # 1 − p of the most likely class
+    ones = jnp.ones_like(f)
+    most_likely = (_multiplied(s, ones) - t) - _multiplied(s, others)
+    return jnp.where(top, most_likely, _multiplied(s, p) - t)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ec5769c6
 def _softmax(f) -> tuple[jax.Array, jax.Array]:

@@ -27,6 +27,7 @@ from ggn_nb.losses.weights import (
 )
 from ..tools.arrays import register_pytree, sum_entries, working_dtype
 from ..tools.checks import check_floating, check_like
+from ..tools.equations import is_reverse_only
 from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/losses/03_custom.ipynb #6f4a9645
@@ -96,15 +97,10 @@ def _constant(leaf, off) -> jax.Array:
     return jnp.where(off, jax.lax.stop_gradient(leaf), leaf)
 
 # %% ../../nbs/losses/03_custom.ipynb #5d422a21
-def _has_reverse_rule(fn, pred) -> bool:
-    "Is there a `jax.custom_vjp` in what `fn` does with `pred`?"
-    return "custom_vjp" in str(jax.make_jaxpr(fn)(pred))
-
-
 def _product_with_hessian(fn, pred, u) -> Any:
     "∇²fn(pred) u: forward over reverse mode, or reverse over reverse where there is a reverse rule"
     gradient = jax.grad(fn)
-    if _has_reverse_rule(fn, pred): return jax.vjp(gradient, pred)[1](u)[0]
+    if is_reverse_only(jax.make_jaxpr(fn)(pred)): return jax.vjp(gradient, pred)[1](u)[0]
     return jax.jvp(gradient, (pred,), (u,))[1]
 
 

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ggn_nb.operators.samples import (
@@ -23,6 +22,7 @@ from ggn_nb.operators.samples import (
     number_samples,
     read_host_array,
 )
+from ggn_nb.tools.arrays import on_key_data
 
 # %% ../../nbs/operators/01_batches.ipynb #e2d6abca
 class Batch(NamedTuple):
@@ -108,10 +108,10 @@ def _pad_rows(
     rows: int,  # ≥ n
 ) -> np.ndarray | jax.Array:  # (rows, …), on the device of `leaf`
     "`leaf`, with its first row repeated at the end"
-    if len(leaf) == rows: return leaf
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        padded = _pad_rows(jax.random.key_data(leaf), rows)
-        return jax.random.wrap_key_data(padded, impl=jax.random.key_impl(leaf))
+    return leaf if len(leaf) == rows else on_key_data(partial(_with_rows_added, rows=rows), leaf)
+
+
+def _with_rows_added(leaf, rows) -> np.ndarray | jax.Array:
     host = jax.device_get(leaf)
     padded = np.concatenate([host, np.repeat(host[:1], rows - len(host), axis=0)])
     if isinstance(leaf, np.ndarray): return padded

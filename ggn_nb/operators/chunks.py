@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ggn_nb.operators.operator import even_size
 from ggn_nb.operators.samples import add_to, cast_like, zeros_to_add_to
 
 # %% ../../nbs/operators/04_chunks.ipynb #81e31021
@@ -31,14 +32,8 @@ def chunk_sizes(
 ) -> ChunkSizes:
     "The fewest chunks of at most `batch_size` samples, as even as they can be"
     if batch_size is None or batch_size >= num_samples: return ChunkSizes(1, num_samples, 0)
-    num_chunks = _divide_up(num_samples, batch_size)
-    size = _divide_up(num_samples, num_chunks)
+    size = even_size(num_samples, batch_size)
     return ChunkSizes(num_samples // size, size, num_samples % size)
-
-
-def _divide_up(a: int, b: int) -> int:
-    "a / b, rounded up to a whole number"
-    return (a + b - 1) // b
 
 # %% ../../nbs/operators/04_chunks.ipynb #a8f505b9
 def _take_chunk(data: Any, i: int | jax.Array, sizes: ChunkSizes) -> Any:

@@ -15,6 +15,8 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
+from ggn_nb.tools.equations import contains, programs_in
+
 # %% ../../nbs/operators/05_convolutions.ipynb #d17385da
 def _channels_last_order(spec: tuple) -> tuple:
     "The axes of an input or a result in the order (batch, space, channel)"
@@ -46,22 +48,9 @@ def _convolve(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return result.transpose(np.argsort(_channels_last_order(dims.out_spec)))
 
 # %% ../../nbs/operators/05_convolutions.ipynb #a3a00910
-def _programs_in(value: Any) -> list[ClosedJaxpr | Jaxpr]:
-    "The programs within a parameter of an equation"
-    if isinstance(value, tuple | list):
-        return [program for part in value for program in _programs_in(part)]
-    return [value] if isinstance(value, ClosedJaxpr | Jaxpr) else []
-
-
 def _convolves(program: ClosedJaxpr | Jaxpr) -> bool:
     "Does the program have a convolution, at any depth?"
-    return any(eqn.primitive is lax.conv_general_dilated_p or _contains_convolution(eqn.params)
-               for eqn in program.eqns)
-
-
-def _contains_convolution(params: dict) -> bool:
-    "Does one of the programs in the parameters of an equation have a convolution?"
-    return any(map(_convolves, _programs_in(list(params.values()))))
+    return contains(program, lax.conv_general_dilated_p.name)
 
 # %% ../../nbs/operators/05_convolutions.ipynb #ea47b9bd
 def _evaluate(program: Jaxpr, consts: list, *args: Any) -> list:
@@ -87,7 +76,7 @@ def _apply(eqn: JaxprEqn, *args: Any) -> list:
 
 def _rewrite(value: Any) -> Any:
     "A parameter of an equation, with the convolutions in its programs rearranged"
-    if not any(map(_convolves, _programs_in(value))): return value
+    if not any(map(_convolves, programs_in(value))): return value
     if isinstance(value, tuple | list): return _rebuild(value, map(_rewrite, value))
     if not isinstance(value, ClosedJaxpr): return _rewrite(ClosedJaxpr(value, ())).jaxpr
     return jax.make_jaxpr(_rearranged(value))(*value.in_avals)

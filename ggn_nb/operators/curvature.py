@@ -108,8 +108,7 @@ class Problem:
 
     def times_factor(self, total: Any) -> Any:
         "factor · total, a sum over all samples, in the dtypes of the parameters"
-        scale = lambda t, p: (self.factor.astype(t.dtype) * t).astype(p.dtype)
-        return jax.tree.map(scale, total, self.params)
+        return cast_like(scale_tree(self.factor, total), self.params)
 
     def weighted_loss(self, pred: Any, samples: Samples) -> jax.Array:
         "factor · Σ w ℓ, one number"
@@ -330,17 +329,27 @@ def sum_products(operator: Curvature, vec: Any) -> Any:
     "Σ w A vec over all samples, in float32 or better; zero where all of them are masked"
     operator, vec = _apart(operator), widen(vec)
     from_scratch = operator.linearization is None
-    total = (_sum_from_scratch if from_scratch else _sum_linearized)(operator, vec)
-    unmasked = counting_samples(operator.samples._replace(weight=None))
-    if unmasked is None or not operator.problem.vmap_over_data: return total
-    return jax.tree.map(lambda t: jnp.where(jnp.any(unmasked), t, 0), total)
+    return (_sum_from_scratch if from_scratch else _sum_linearized)(operator, vec)
+
+
+def zero_where_none_counts(problem: Problem, samples: Samples, total: Any) -> Any:
+    "`total`, or zero where the model is called sample by sample and none of `samples` counts"
+    counts = counting_samples(samples) if problem.vmap_over_data else None
+    if counts is None: return total
+    return jax.tree.map(lambda t: jnp.where(jnp.any(counts), t, 0), total)
+
+
+def _product_unmasked(kind, problem, linearization, samples, vec) -> Any:
+    "The product of a kind on a device's own samples, or some of them; zero where all are masked"
+    total = kind.product(problem, linearization, samples, vec)
+    return zero_where_none_counts(problem, samples._replace(weight=None), total)
 
 
 def _sum_from_scratch(operator: Curvature, vec: Any) -> Any:
     kind, problem = type(operator), operator.problem
     def multiply(whole, samples):
         problem, vec = whole
-        return kind.product(problem, kind.linearize(problem, samples), samples, vec)
+        return _product_unmasked(kind, problem, kind.linearize(problem, samples), samples, vec)
     return sum_over_samples(problem, multiply, (problem, vec), operator.samples)
 
 
@@ -349,7 +358,7 @@ def _sum_linearized(operator: Curvature, vec: Any) -> Any:
     def multiply(whole, split):
         (problem, vec), (stored, samples) = whole, split
         linearization = layout.local_part(stored).filled((problem, samples))
-        return kind.product(problem, linearization, samples, vec)
+        return _product_unmasked(kind, problem, linearization, samples, vec)
     split = (operator.linearization, operator.samples)
     parts = on_each_device(operator.problem, multiply)((operator.problem, vec), split)
     return layout.sum_over_devices(parts)
@@ -430,23 +439,19 @@ def _differ(a: Any, b: Any) -> jax.Array:
 # %% ../../nbs/operators/12_curvature.ipynb #c5a2000d
 def _without_blank_inputs(samples: Samples) -> Samples:
     "`samples`, with the inputs of those that do not count replaced by one that does"
-    if counting_samples(samples) is None: return samples
+    counts = counting_samples(samples)
     weights = jax.tree.leaves(samples.weight)
     traced = any(isinstance(weight, jax.core.Tracer) for weight in weights)
-    return (_replace_if_not_finite if traced else _replace_if_blank)(samples)
+    if traced and counts is not None: counts = _counts_or_is_finite(samples, counts)
+    return harmless_inputs(samples, counts)
 
 
 @program
-def _replace_if_blank(samples: Samples) -> Samples:
-    return harmless_inputs(samples, counting_samples(samples))
-
-
-@program
-def _replace_if_not_finite(samples: Samples) -> Samples:
-    "Those that are masked, and those that have weight 0 and an input that is not finite"
+def _counts_or_is_finite(samples: Samples, counts: jax.Array) -> jax.Array:
+    "Does the sample count, or has it weight 0 but a finite input? None of those that are masked"
     unmasked = counting_samples(samples._replace(weight=None))
-    harmless = counting_samples(samples) | _all_finite(samples.input)
-    return harmless_inputs(samples, harmless if unmasked is None else harmless & unmasked)
+    harmless = counts | _all_finite(samples.input)
+    return harmless if unmasked is None else harmless & unmasked
 
 
 def _all_finite(inputs: Any) -> jax.Array:

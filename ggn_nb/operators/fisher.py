@@ -26,16 +26,15 @@ from ggn_nb.operators.creation import (
 from .curvature import Problem
 from .ggn import GGN, dense_ggn_of
 from .operator import register_operator
-from .samples import Samples
+from .samples import Samples, widen
 from .streamed import Streamed
 from .streams import Stream
-from ..tools.arrays import register_pytree, working_dtype
+from ..tools.arrays import is_key, register_pytree
 from ..tools.checks import check_size
 
 # %% ../../nbs/operators/22_fisher.ipynb #eaee1690
 def _outer_product(score: Any, u: Any) -> Any:
     "g (gᵀ u) over all leaves, the sum in float32 or better"
-    widen = lambda tree: jax.tree.map(lambda a: a.astype(working_dtype(a.dtype)), tree)
     products = jax.tree.map(jnp.vdot, widen(score), widen(u))
     dot = sum(jax.tree.leaves(products))
     scale = lambda wide, g: (wide * dot.astype(wide.dtype)).astype(g.dtype)
@@ -77,25 +76,20 @@ class _ScoreProducts(_Scores):
         return self.loss.faults(pred, target, weight=weight, mask=mask, reads_target=True)
 
 # %% ../../nbs/operators/22_fisher.ipynb #5fcbd68f
-def _is_typed(key: Any) -> bool:
-    "Is `key` an array of JAX's own key type?"
-    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-
-
 def _check_key(key: Any) -> None:
     "Raise `TypeError` or `ValueError` unless `key` is one random key, of JAX's type or raw"
     expected = "expected one JAX random key such as jax.random.key(0)"
     if key is None: raise ValueError(f"key: got None, {expected}, for kind='monte_carlo'")
     if not isinstance(key, jax.Array | np.ndarray): raise TypeError(f"key: got {key!r}, {expected}")
-    if not _is_typed(key) and key.dtype != np.uint32:
+    if not is_key(key) and key.dtype != np.uint32:
         raise TypeError(f"key: got dtype {key.dtype}, {expected}")
-    if key.shape not in ([()] if _is_typed(key) else [(2,), (4,)]):
+    if key.shape not in ([()] if is_key(key) else [(2,), (4,)]):
         raise ValueError(f"key: got shape {key.shape} and dtype {key.dtype}, {expected}")
 
 
 def _threefry_key(key: jax.Array | np.ndarray) -> jax.Array:
     "A Threefry key is itself; of any other, the words are folded into one"
-    words = jax.random.key_data(key) if _is_typed(key) else jnp.asarray(key)
+    words = jax.random.key_data(key) if is_key(key) else jnp.asarray(key)
     if words.shape == (2,): return jax.random.wrap_key_data(words, impl="threefry2x32")
     return reduce(jax.random.fold_in, words.reshape(-1), jax.random.key(0, impl="threefry2x32"))
 

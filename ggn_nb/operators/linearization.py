@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jax.tree_util import PyTreeDef
 
 from ggn_nb.operators.operator import bytes_of
 from ggn_nb.operators.policies import Linearize, checkpoint_policies
 from ggn_nb.tools.arrays import register_pytree
+from ggn_nb.tools.equations import contains, equations_of, is_reverse_only
 
 # %% ../../nbs/operators/11_linearization.ipynb #267ed69a
 @partial(register_pytree, data_fields=["stored"], meta_fields=["program", "structure"])
@@ -42,24 +43,6 @@ def linear_function(fn: Callable, like: Any) -> LinearFunction:
     "A linear `fn` of trees like `like`, with the arrays that it closes over as leaves"
     program, result = jax.make_jaxpr(fn, return_shape=True)(like)
     return LinearFunction(program.consts, program.jaxpr, jax.tree.structure(result))
-
-# %% ../../nbs/operators/11_linearization.ipynb #78c1d0cf
-def equations_of(program: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
-    "The equations of a program, at any depth"
-    for eqn in program.eqns:
-        yield eqn
-        for value in jax.tree.leaves(eqn.params):
-            if isinstance(value, ClosedJaxpr | Jaxpr): yield from equations_of(value)
-
-
-def contains(program: ClosedJaxpr, *names: str) -> bool:
-    "Is there an operation in it whose name begins like this?"
-    return any(eqn.primitive.name.startswith(names) for eqn in equations_of(program))
-
-
-def is_reverse_only(program: ClosedJaxpr) -> bool:
-    "Is there a function in it whose derivative is only known transposed?"
-    return contains(program, "custom_vjp_call")
 
 # %% ../../nbs/operators/11_linearization.ipynb #94d1d27a
 def _is_complex(dtype: Any) -> bool: return jnp.issubdtype(dtype, jnp.complexfloating)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ggn_nb.operators.samples import Samples
+from ggn_nb.tools.arrays import is_key
 
 # %% ../../nbs/operators/02_passes.ipynb #3c7a3a28
 def checksum(samples: Samples) -> int:
@@ -32,7 +32,7 @@ def _is_on_host(leaf) -> bool:
 
 
 def _bytes_of(leaf) -> np.ndarray:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key): leaf = jax.random.key_data(leaf)
+    if is_key(leaf): leaf = jax.random.key_data(leaf)
     return np.ascontiguousarray(jax.device_get(leaf)).reshape(-1).view(np.uint8)
 
 # %% ../../nbs/operators/02_passes.ipynb #4cd22efe

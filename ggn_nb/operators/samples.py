@@ -7,6 +7,7 @@ __all__ = ['Samples']
 
 # %% ../../nbs/operators/00_samples.ipynb #20916ffd
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggn_nb.losses.weights import spread
-from ggn_nb.tools.arrays import as_array, vary_over, varying_axes, working_dtype
+from ggn_nb.tools.arrays import as_array, on_key_data, vary_over, varying_axes, working_dtype
 
 # %% ../../nbs/operators/00_samples.ipynb #0a5e64c1
 try:
@@ -279,13 +280,11 @@ def _replace_rows(inputs: Any, counts: jax.Array) -> Any:
     "`inputs`, with the first row that counts in the place of those that do not"
     kept = counts | ~jnp.any(counts)
     first = jnp.arange(len(counts)) == jnp.argmax(counts)
-    return jax.tree.map(lambda leaf: _replace_in_leaf(leaf, kept, first), inputs)
+    replace = partial(_replace_in_leaf, kept=kept, first=first)
+    return jax.tree.map(partial(on_key_data, replace), inputs)
 
 
 def _replace_in_leaf(leaf, kept, first) -> jax.Array:
-    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        data = _replace_in_leaf(jax.random.key_data(leaf), kept, first)
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     kept, first = (rows.reshape(-1, *[1] * (leaf.ndim - 1)) for rows in (kept, first))
     only_first = jnp.where(first, leaf, jnp.zeros((), leaf.dtype))
     row = jnp.sum(only_first, axis=0, keepdims=True, dtype=leaf.dtype)

@@ -18,6 +18,7 @@ from ..losses.weights import raise_faults
 from .batches import Batch, masked_samples
 from ggn_nb.operators.curvature import (
     Curvature, Problem, check_product, chunk_faults, inspect_samples, sum_products,
+    zero_where_none_counts,
 )
 from .layout import layout_of
 from .operator import Operator, structure_of
@@ -50,9 +51,7 @@ def _placed(batch: Batch) -> Batch:
 def _batch_sum(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) -> Any:
     "Σ w A vec over a batch; zero where none of its samples counts"
     operator = _on_batch(kind, problem, batch)
-    total, counts = sum_products(operator, vec), counting_samples(operator.samples)
-    if counts is None or not problem.vmap_over_data: return total
-    return jax.tree.map(lambda t: jnp.where(jnp.any(counts), t, 0), total)
+    return zero_where_none_counts(problem, operator.samples, sum_products(operator, vec))
 
 
 @partial(program, static_argnums=(1,))
@@ -126,10 +125,10 @@ class Streamed(Operator):
 @partial(program, static_argnums=(1, 3))
 def _inspect_batch(batch: Batch, kind: type[Curvature], problem: Problem, weigh: bool) -> tuple:
     "Faults; the sum of the weights, if `weigh`, in the default precision; how many rows count"
-    samples = _samples_of(problem, batch)
-    faults, weights = inspect_samples(kind, problem, samples, weigh)
-    check_product(kind(problem, samples))
-    faults = faults | chunk_faults(kind(problem, samples))
+    operator = _on_batch(kind, problem, batch)
+    faults, weights = inspect_samples(kind, problem, operator.samples, weigh)
+    check_product(operator)
+    faults = faults | chunk_faults(operator)
     weights = jax.tree.map(lambda weight: weight.astype(jnp.result_type(float)), weights)
     return faults, weights, None if batch.counted is None else jnp.sum(batch.counted)
 

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/tools/01_arrays.ipynb #d4d4ccca
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,6 +49,18 @@ def sum_entries(values: Any, name: str = "value") -> jax.Array:
 def on_host(x: jax.Array) -> Any:
     "The numbers of `x` in NumPy, to compare without a program; a traced array as it is"
     return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
+
+# %% ../../nbs/tools/01_arrays.ipynb #6a259dcf
+def is_key(array: Any) -> bool:
+    "Is it an array of JAX's own key type?"
+    return jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+
+
+def on_key_data(fn: Callable, array: Any) -> Any:
+    "`fn(array)`; of keys, on the numbers that they are made of, and as keys again"
+    if not is_key(array): return fn(array)
+    data = fn(jax.random.key_data(array))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
 
 # %% ../../nbs/tools/01_arrays.ipynb #5b0e7a12
 def register_pytree(

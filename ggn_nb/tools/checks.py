@@ -132,21 +132,19 @@ def check_function(
         raise TypeError(message) from None
 
 # %% ../../nbs/tools/00_checks.ipynb #d3b259df
-def check_integer(value: Any, name: str) -> int:
+def check_integer(value: Any, name: str, expected: str = "a whole number") -> int:
     "`value` as an integer of Python; `TypeError` unless it is one whole number"
     try:
         if isinstance(value, (bool, np.bool_)): raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name}: got {value!r}, expected a whole number") from None
+        raise TypeError(f"{name}: got {value!r}, expected {expected}") from None
 
 
 def check_size(value: Any, name: str) -> int | None:
     "`value`, if it is None or a whole number ≥ 1; `TypeError` or `ValueError` otherwise"
     if value is None: return None
-    try: size = None if isinstance(value, bool) else operator.index(value)
-    except TypeError: size = None
-    if size is None: raise TypeError(f"{name}: got {value!r}, expected a whole number or None")
+    size = check_integer(value, name, "a whole number or None")
     if size < 1: raise ValueError(f"{name}: got {size}, expected at least 1")
     return size
 
