@@ -52,6 +52,15 @@ def _take_neighbours(leaf, i, sizes) -> jax.Array:
     return lax.dynamic_slice_in_dim(leaf, i * sizes.size, sizes.size)
 
 
+def _stacked_chunks(data: Any, sizes: ChunkSizes) -> Any:
+    "All chunks of the same size, along a new leading axis"
+    count, size, rest = sizes
+    def stack(leaf):
+        if rest: return leaf[:-rest].reshape(count, size, *leaf.shape[1:])
+        return leaf.reshape(size, count, *leaf.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(stack, data)
+
+
 def _take_rest(data: Any, sizes: ChunkSizes) -> Any:
     "The last `rest` samples"
     return jax.tree.map(lambda leaf: leaf[len(leaf) - sizes.rest :], data)
@@ -110,8 +119,8 @@ def map_over_chunks(
     if _is_one_chunk(data, batch_size): return fn(params, data)
     sizes = chunk_sizes(_num_rows(data), batch_size)
     result_of = lambda chunk: check_rows(fn(params, chunk), chunk)
-    stacked = lax.map(lambda i: result_of(_take_chunk(data, i, sizes)), jnp.arange(sizes.count))
-    results = jax.tree.map(partial(_in_order, sizes=sizes), stacked)
+    results = lax.map(result_of, _stacked_chunks(data, sizes))
+    results = jax.tree.map(partial(_in_order, sizes=sizes), results)
     if not sizes.rest: return results
     last = result_of(_take_rest(data, sizes))
     return jax.tree.map(lambda *rows: jnp.concatenate(rows), results, last)

@@ -313,10 +313,9 @@ def _apart(tree: Any) -> Any:
 @program
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
-    problem, samples = _apart((operator.problem, operator.samples))
+    kind, (problem, samples) = type(operator), _apart((operator.problem, operator.samples))
     def linearize(problem, samples):
-        linearization = type(operator).linearize(problem, samples)
-        return trimmed(linearization, (problem, samples))
+        return trimmed(lambda: kind.linearize(problem, samples), (problem, samples))
     return on_each_device(problem, linearize)(problem, samples)
 
 

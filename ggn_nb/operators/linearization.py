@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.tree_util import PyTreeDef
 
 from ggn_nb.operators.operator import bytes_of
@@ -65,29 +65,71 @@ def of_real_values(policy: Callable) -> Callable:
     return stores_real
 
 # %% ../../nbs/operators/11_linearization.ipynb #d799d9dd
-@partial(register_pytree, data_fields=["rest"], meta_fields=["places", "structure"])
+_REARRANGING = frozenset({  # what moves numbers about, or changes their dtype alone
+    "reshape", "transpose", "squeeze", "slice", "rev", "broadcast_in_dim", "copy", "pvary",
+    "convert_element_type", "reduce_precision"})
+
+
+def _rearranged(program: Jaxpr, known: dict[Var, Any]) -> dict[Var, Any]:
+    "The known values of a program's variables, and those that merely rearrange one of them"
+    values = dict(known)
+    for eqn in program.eqns:
+        found = [(i, v) for i, v in enumerate(eqn.invars) if isinstance(v, Var) and v in values]
+        given = {i: values[v] for i, v in found}
+        if eqn.primitive.name in _REARRANGING and given.keys() == {0}:
+            values[eqn.outvars[0]] = eqn.primitive.bind(given[0], **eqn.params)
+        if eqn.primitive.name == "closed_call":
+            values |= _rearranged_within(eqn, given)
+    return values
+
+
+def _rearranged_within(call: JaxprEqn, given: dict[int, Any]) -> dict[Var, Any]:
+    "The same for the results of a call, with some of its arguments"
+    program = call.params["call_jaxpr"].jaxpr
+    values = _rearranged(program, {program.invars[i]: value for i, value in given.items()})
+    results = zip(call.outvars, program.outvars, strict=True)
+    return {v: values[inner] for v, inner in results if isinstance(inner, Var) and inner in values}
+
+# %% ../../nbs/operators/11_linearization.ipynb #d799d9de
+@partial(register_pytree, data_fields=["rest"], meta_fields=["program", "places", "structure"])
 @dataclass(frozen=True, eq=False)
 class Trimmed:
     "A pytree without the arrays that its owner has. A pytree"
 
     rest: list  # the other arrays, each once
-    places: tuple[int, ...]  # of each leaf, in the owner's leaves and the rest after them
+    program: Jaxpr  # that made the leaves, of constants alone
+    places: tuple[int | None, ...]  # of each constant in the owner's leaves; None: it has it not
     structure: PyTreeDef
 
     def filled(self, owned: Any) -> Any:
         "The whole tree, with the arrays of the owner"
-        arrays = [*jax.tree.leaves(owned), *self.rest]
-        return self.structure.unflatten([arrays[place] for place in self.places])
+        known = _owned_values(self.program, self.places, owned)
+        rest = _others(self.program, known)
+        values = known | dict(zip(rest, self.rest, strict=True))
+        leaves = [v.val if isinstance(v, Literal) else values[v] for v in self.program.outvars]
+        return self.structure.unflatten(leaves)
 
 
-def trimmed(tree: Any, owned: Any) -> Trimmed:
-    "`tree` without the leaves of `owned`, by identity: under `jit`, the same traced value"
-    leaves, structure = jax.tree.flatten(tree)
-    arrays = jax.tree.leaves(owned)
-    num_owned, place = len(arrays), {id(array): i for i, array in enumerate(arrays)}
-    for leaf in leaves:
-        if place.setdefault(id(leaf), len(arrays)) == len(arrays): arrays.append(leaf)
-    return Trimmed(arrays[num_owned:], tuple(place[id(leaf)] for leaf in leaves), structure)
+def _owned_values(program: Jaxpr, places: tuple[int | None, ...], owned: Any) -> dict[Var, Any]:
+    "Values of the variables that the owner has, or has in another arrangement"
+    arrays, pairs = jax.tree.leaves(owned), zip(program.constvars, places, strict=True)
+    return _rearranged(program, {var: arrays[place] for var, place in pairs if place is not None})
+
+
+def _others(program: Jaxpr, known: dict[Var, Any]) -> list[Var]:
+    "The other variables among the results, each once"
+    results = [v for v in program.outvars if isinstance(v, Var) and v not in known]
+    return list(dict.fromkeys(results))
+
+
+def trimmed(fn: Callable, owned: Any) -> Trimmed:
+    "The tree `fn()` without what `owned` has: arrays that `fn` closes over, under `jit`"
+    program, like = jax.make_jaxpr(fn, return_shape=True)()
+    place = {id(array): i for i, array in enumerate(jax.tree.leaves(owned))}
+    places = tuple(place.get(id(const)) for const in program.consts)
+    values = dict(zip(program.jaxpr.outvars, jaxpr_as_fun(program)()))
+    others = _others(program.jaxpr, _owned_values(program.jaxpr, places, owned))
+    return Trimmed([values[v] for v in others], program.jaxpr, places, jax.tree.structure(like))
 
 # %% ../../nbs/operators/11_linearization.ipynb #b6a05d73
 _BY_RULE = "operations of JAX, or a derivative that is given by jax.custom_jvp"
@@ -143,7 +185,7 @@ def _transposed(fn: Callable, params: Any) -> tuple[Any, LinearFunction]:
     forwards = lambda v: jax.linear_transpose(backwards, result)(v)[0]
     try: return result, linear_function(forwards, params)
     except Exception as error:
-        otherwise = _refusal("its backward rule", _NOT_TRANSPOSED)
+        otherwise = _refusal("an operation", _NOT_TRANSPOSED)
         raise _explanation(error) or otherwise from error
 
 # %% ../../nbs/operators/11_linearization.ipynb #3aa230cc
@@ -165,5 +207,5 @@ def linearize_at(
         derive = _transposed if is_reverse_only(program) else _forward
         ways = [partial(derive, way, params) for way in _by_policy(fn, program, linearize)]
         owned = params, program.consts
-        stored = lambda way: bytes_of(jax.eval_shape(lambda: trimmed(way(), owned)))
+        stored = lambda way: bytes_of(jax.eval_shape(partial(trimmed, way, owned)))
         return (min(ways, key=stored) if len(ways) > 1 else ways[0])()

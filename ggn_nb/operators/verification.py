@@ -8,6 +8,7 @@ __all__ = ['Check', 'Report', 'is_psd', 'verify']
 # %% ../../nbs/operators/30_verification.ipynb #ab91acc4
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from .curvature import Curvature, on_samples
 from .operator import Operator
 from ..tools.arrays import sum_entries, working_dtype
 from ..tools.checks import check_floating
+from ..tools.programs import program
 from ..tools.testing import dense_from_mv
 
 # %% ../../nbs/operators/30_verification.ipynb #df73a25b
@@ -248,6 +250,16 @@ def _scores(
     loss: Loss, pred: Any, key: jax.Array, num_draws: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The gradient at each draw, the weight of each of its entries, and the number of its position"
+    found = _numbered_gradients(loss, pred, key, num_draws)
+    g, numbered, weight = (np.asarray(a, np.float64) for a in found)
+    g_max, numbered_max = (np.max(np.abs(a), axis=0) for a in (g, numbered))
+    position = np.round(numbered_max / np.maximum(g_max, np.finfo(np.float64).tiny)).astype(int)
+    return g, weight[:, position - 1], position
+
+
+@partial(program, static_argnums=(3,))
+def _numbered_gradients(loss: Loss, pred: Any, key: jax.Array, num_draws: int) -> list[jax.Array]:
+    "For each draw: the gradient, that with position i weighted by i, and the draw's weights"
     values, unravel = ravel_pytree(loss.value(pred, loss.sample(key, pred)))
     numbers = unravel(1 + jnp.arange(values.size, dtype=values.dtype))
 
@@ -257,18 +269,14 @@ def _scores(
         return [ravel_pytree(tree)[0] for tree in (*gradients, w)]
 
     keys, size = jax.random.split(key, num_draws), sum(a.size for a in jax.tree.leaves(pred))
-    found = jax.lax.map(at, keys, batch_size=min(num_draws, 1 + 2**15 // size))
-    g, numbered, weight = (np.asarray(a, np.float64) for a in found)
-    g_max, numbered_max = (np.max(np.abs(a), axis=0) for a in (g, numbered))
-    position = np.round(numbered_max / np.maximum(g_max, np.finfo(np.float64).tiny)).astype(int)
-    return g, weight[:, position - 1], position
+    return jax.lax.map(at, keys, batch_size=min(num_draws, 1 + 2**15 // size))
 
 # %% ../../nbs/operators/30_verification.ipynb #30a00006
 def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check:
     "The mean outer product of the gradient at sampled targets, in standard errors from H"
     tol = max(4 * float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(pred))
     wide = jax.tree.map(lambda leaf: leaf.astype(working_dtype(leaf.dtype)), pred)
-    n = int(np.clip(2**20 // max(len(H), 1), 2**12, 2**15))
+    n = int(np.clip(2**19 // max(len(H), 1), 2**12, 2**14))
     g, weight, position = _scores(loss, wide, key, n)
     half, full = np.sqrt(weight) * g, weight * g
     same = position[:, None] == position

@@ -399,14 +399,33 @@ def test_policies_keep_what_they_promise(name, kind):
         assert rematerialized < 0.85 * cached
 
 
+def in_other_arrangements(input, params):
+    """A model that reads slices of a stacked leaf, a leaf transposed, and its input in another shape and dtype."""
+    h = input.reshape(4, 4).astype(params["layers"].dtype).T.reshape(-1)
+    for i in range(2):
+        h = jnp.tanh(params["layers"][i] @ h)
+    return h @ params["last"].T
+
+
+def kept_of(name, dtype=float):
+    layers = jax.random.normal(jax.random.key(2), (2, 16, 16), dtype) / 4
+    last = jax.random.normal(jax.random.key(3), (4, 16), dtype)
+    return {"mlp": mlp(jax.random.key(0), (16, 64, 4), dtype=dtype),
+            "other arrangements": (in_other_arrangements, {"layers": layers, "last": last})}[name]
+
+
 @pytest.mark.parametrize("options", [{}, {"batch_size": 16}, {"linearize": "rematerialized"}, {"batch_size": 7, "linearize": "cached"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_kept_twice(kind, options):
+@pytest.mark.parametrize("name", ["mlp", "other arrangements"])
+def test_nothing_is_kept_twice(name, kind, options):
     """Distinct numbers everywhere, so that a copy of parameters or inputs would show."""
-    model_fn, params = mlp(jax.random.key(0), (16, 64, 4))
-    data = {"input": jax.random.normal(jax.random.key(1), (64, 16)), "target": jnp.zeros(64, int)}
+    model_fn, params = kept_of(name)
+    data = {"input": jax.random.normal(jax.random.key(1), (64, 16), jnp.float32), "target": jnp.zeros(64, int)}
+    if name == "mlp":
+        data["input"] = data["input"].astype(float)
     make = lambda params, data: KINDS[kind](model_fn, params, data, "cross_entropy", **{"linearize": "cached"} | options)
-    whole = params if "batch_size" in options else (params, data["input"])  # a loop over chunks has their inputs
+    in_loop = name != "mlp" and "batch_size" in options  # what becomes of a chunk's input in the loop is an intermediate
+    whole = params if in_loop else (params, data["input"])
     own = {float(x) for leaf in jax.tree.leaves(whole) for x in np.ravel(leaf) if x}
     for A in (make(params, data), jax.jit(make)(params, data)):
         for leaf in jax.tree.leaves(A.linearization):
@@ -414,6 +433,17 @@ def test_nothing_is_kept_twice(kind, options):
             assert len(shared - {1.0}) < 4, leaf.shape
         buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(A.linearization)]
         assert len(set(buffers)) == len(buffers)
+
+
+@pytest.mark.parametrize("name, options", [("mlp", {}), ("mlp", {"batch_size": 16}), ("other arrangements", {})])
+def test_nothing_is_kept_twice_in_half_precision(name, options):
+    model_fn, params = kept_of(name, jnp.bfloat16)
+    data = {"input": jnp.ones((64, 16), jnp.bfloat16), "target": jnp.zeros(64, int)}
+    G = create_ggn_mv(model_fn, params, data, "cross_entropy", linearize="cached", **options)
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)] + [data["input"].size]
+    widest = 64 if name == "mlp" else 16  # activations, and what they become: at most four arrays a layer
+    assert max(sizes) >= 512
+    assert bytes_of(G.linearization) <= 2 * 64 * (2 * 2 * widest + 2 * 4)
 
 
 def test_a_linear_model_keeps_its_prediction_alone():
