@@ -6,7 +6,6 @@
 __all__ = ['heteroscedastic_gaussian']
 
 # %% ../../nbs/losses/14_heteroscedastic_gaussian.ipynb #74925bff
-import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from ggn_nb.losses.closed_form import (
     register_loss,
     table_rows,
 )
+from ..tools.checks import check_integer
 
 # %% ../../nbs/losses/14_heteroscedastic_gaussian.ipynb #2634b877
 def _mean_and_log_variance(
@@ -140,6 +140,7 @@ def heteroscedastic_gaussian(
     Raises:
 
     - `ValueError`: for an unknown curvature, and in the methods where the axis has not size two.
+    - `TypeError`: `axis` is no whole number.
 
     Example:
 
@@ -150,4 +151,4 @@ def heteroscedastic_gaussian(
     """
     fields = curvature_fields(curvature)
     return ClosedFormLoss("heteroscedastic_gaussian", _formulas(curvature), {}, Scalars(),
-                          axis=operator.index(axis), **fields)
+                          axis=check_integer(axis, "axis"), **fields)
