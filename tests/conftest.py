@@ -1,6 +1,7 @@
 """Settings for the whole suite: strict numerics, and notebook cells to run on request."""
 
 import fcntl
+import gc
 import os
 import sys
 from importlib.metadata import version
@@ -11,12 +12,22 @@ from pathlib import Path
 QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12): QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
+# What one worker or notebook has compiled, the others read from here, and so does the next run.
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+# A worker has processors of its own, with its notebooks: the threads of two would wait for each other, for 3 times as long.
+if worker := os.environ.get("PYTEST_XDIST_WORKER") if hasattr(os, "sched_setaffinity") else None:
+    own = sorted(os.sched_getaffinity(0))[int(worker[2:]) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.sched_setaffinity(0, own or os.sched_getaffinity(0))
 
 import jax
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
+gc.set_threshold(50_000, 20, 50)  # a run holds millions of objects: looking for circles is 5% of its time
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
