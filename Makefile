@@ -45,8 +45,8 @@ prepare: $(DEV)  ## after an edit: clean the notebooks, export, refresh README.m
 notebook: $(DEV)  ## execute NB=nbs/….ipynb (all without NB) and save its outputs; FLAGS="slow gpu" runs those cells too
 	@$(BIN)/python .ci/tools.py run --flags "$(FLAGS)" $(NB)
 
-clean:  ## remove the environment and all that was built
-	@rm -rf .venv* _docs _proc build dist *.egg-info
+clean:  ## remove the environments and all that was built
+	@rm -rf .venv* .pytest_cache _docs _proc build dist *.egg-info
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "ggn_nb needs Python 3.11 or newer: none was found (set PYTHON=...)"; exit 1; }

@@ -77,7 +77,8 @@ def _rearranged(program: Jaxpr, known: dict[Var, Any]) -> dict[Var, Any]:
         found = [(i, v) for i, v in enumerate(eqn.invars) if isinstance(v, Var) and v in values]
         given = {i: values[v] for i, v in found}
         if eqn.primitive.name in _REARRANGING and given.keys() == {0}:
-            values[eqn.outvars[0]] = eqn.primitive.bind(given[0], **eqn.params)
+            result = eqn.primitive.bind(given[0], **eqn.params)
+            values[eqn.outvars[0]] = result[0] if eqn.primitive.multiple_results else result
         if eqn.primitive.name == "closed_call":
             values |= _rearranged_within(eqn, given)
     return values
@@ -127,8 +128,9 @@ def trimmed(fn: Callable, owned: Any) -> Trimmed:
     program, like = jax.make_jaxpr(fn, return_shape=True)()
     place = {id(array): i for i, array in enumerate(jax.tree.leaves(owned))}
     places = tuple(place.get(id(const)) for const in program.consts)
-    values = dict(zip(program.jaxpr.outvars, jaxpr_as_fun(program)()))
     others = _others(program.jaxpr, _owned_values(program.jaxpr, places, owned))
+    found = zip(program.jaxpr.outvars, jaxpr_as_fun(program)(), strict=True)
+    values = {v: array for v, array in found if isinstance(v, Var)}
     return Trimmed([values[v] for v in others], program.jaxpr, places, jax.tree.structure(like))
 
 # %% ../../nbs/operators/11_linearization.ipynb #b6a05d73

@@ -95,7 +95,7 @@ def calling_python(input, params):
 def algebra(input, params):
     A = params["w"] @ params["w"].T + jnp.eye(D) + jnp.diag(input) ** 2
     values, _ = jnp.linalg.eigh(A)
-    return jnp.linalg.solve(A, input) + values + jnp.linalg.cholesky(A) @ input + jnp.linalg.svd(A)[1]
+    return jnp.linalg.solve(A, input) + values + jnp.linalg.cholesky(A) @ input + jnp.linalg.svd(A, full_matrices=False)[1]
 
 
 def whole_numbers(input, params):
@@ -229,6 +229,8 @@ def test_products_are_right(model):
 def test_products_are_right_under_each_policy(model, kind):
     want, make = expected(model, kind), partial(KINDS[kind], model)
     for name, options in OPTIONS.items():
+        if model is spectral and name == "cached, batch_size" and jax.__version_info__ < (0, 8):
+            continue  # jaxlib 0.7.0 aborts the process at any Fourier transform in a loop
         if kind == "ggn" or name in ("rematerialized", "recomputed", "cached, batch_size"):
             product = lambda params, v, options=options: make(params, DATA, half_square, **options)(v)
             AGREE(jax.jit(product, compiler_options=QUICK)(PARAMS, VEC), want)
