@@ -79,7 +79,7 @@ def _rearranged(program: Jaxpr, known: dict[Var, Any]) -> dict[Var, Any]:
         if eqn.primitive.name in _REARRANGING and given.keys() == {0}:
             result = eqn.primitive.bind(given[0], **eqn.params)
             values[eqn.outvars[0]] = result[0] if eqn.primitive.multiple_results else result
-        if eqn.primitive.name == "closed_call":
+        if eqn.primitive.name in ("closed_call", "eval_jaxpr"):
             values |= _rearranged_within(eqn, given)
     return values
 

@@ -372,7 +372,7 @@ def products(operator: Operator, vecs: Any, size: int) -> Any:
         write = lambda o, p: jax.lax.dynamic_update_slice_in_dim(o, p, start, axis=0)
         return jax.tree.map(write, out, _multiply_group(operator, group, size))
     num_groups = _divide_up(num_vectors, size)
-    return jax.lax.fori_loop(0, num_groups, write_group, jax.tree.map(jnp.zeros_like, vecs))
+    return jax.lax.fori_loop(0, num_groups, write_group, vecs)  # each row is written over
 
 
 def _multiply_group(operator: Operator, group: Any, size: int) -> Any:

@@ -218,7 +218,7 @@ def _imported(module: Any, qualname: str) -> Any:
 
 # %% ../../nbs/tools/05_functions.ipynb #ae60001b
 def _take_function(fn: FunctionType, parts: Any) -> tuple:
-    if _is_installed(fn) and not fn.__closure__: return _constant, _Constant(("is", id(fn)), fn)
+    if _is_of_module(fn): return _constant, _Constant(("is", id(fn)), fn)
     facts, of_jax = _facts(fn.__code__), fn.__code__.co_filename.startswith(_OF_JAX)
     if facts.rebinds and not of_jax: raise _Whole
     cells, found = tuple(map(_contents, fn.__closure__ or ())), _globals_read(fn, facts)
@@ -230,6 +230,11 @@ def _take_function(fn: FunctionType, parts: Any) -> tuple:
     variables = _Constant(id(fn.__globals__), fn.__globals__)
     kept = _Kept(fn.__code__, variables, fn.__name__, fn.__qualname__, fn.__module__)
     return _function, kept, tuple(on_names), *map(parts.take, (cells, found, *given, attributes))
+
+
+def _is_of_module(fn: FunctionType) -> bool:
+    "Is it a function of an installed module, and not one that is made anew in each call?"
+    return _is_installed(fn) and not fn.__closure__ and "<locals>" not in fn.__qualname__
 
 
 def _contents(cell: CellType) -> Any:

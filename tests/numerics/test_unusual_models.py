@@ -15,6 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 from jax.experimental.ode import odeint
+from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 
 D, N = 4, 5
@@ -310,8 +311,12 @@ def without_rule(input, params):
     return in_numpy(np.sin, params["w"] @ input)
 
 
+own_operation = Primitive("own_operation")
+own_operation.def_abstract_eval(lambda x: x)
+
+
 def without_derivative(input, params):
-    return jnp.nextafter(params["a"], input)
+    return own_operation.bind(params["a"]) * input
 
 
 @jax.custom_vjp
@@ -343,7 +348,7 @@ REFUSED = {
     traced_bounds: "model_fn: got a loop whose number of steps is not known beforehand; expected a fixed number",
     adjoint_solver: "model_fn: got a derivative with .*; expected .*for a differential equation a fixed number of steps by jax.lax.scan",
     without_rule: "model_fn: got a call of Python, which has no derivative; expected .*jax.custom_jvp",
-    without_derivative: "model_fn: got the operation 'nextafter', which has no derivative; expected .*jax.custom_jvp",
+    without_derivative: "model_fn: got the operation 'own_operation', which has no derivative; expected .*jax.custom_jvp",
     not_linear_backwards: "model_fn: got a derivative with '.*', which is not linear, or has no transpose; expected a backward rule",
     foreign_backwards: "model_fn: got a call of Python, which has no derivative",
 }
