@@ -320,7 +320,8 @@ def test_cost_of_the_table(name, i):
     row, loss, _ = loss_of_row(name, i)
     cost = (lambda n: cost_of_positions(name, loss, n)) if row.cost == "O(1)" else (lambda c: cost_of_size(name, row, c))
     power = {"O(1)": 1, "O(C)": 1, "O(C**2)": 2}[row.cost]
-    assert abs(math.log(cost(4096) / cost(1024), 4) - power) < 0.15
+    bound = 0.1 if jax.__version_info__ < (0, 12) else 0.15  # what XLA counts beside the formula has grown
+    assert abs(math.log(cost(4096) / cost(1024), 4) - power) < bound
 
 
 @rows

@@ -149,7 +149,7 @@ def stacked(num_vectors):
 def test_no_program_grows_with_the_number_of_vectors(options):
     G = make(**options)
     lines = lambda k: len(jax.jit(lambda G, vs: G.matmat(vs, vector_batch_size=4)).lower(G, stacked(k)).as_text().splitlines())
-    assert lines(32) == lines(256) <= lines(8) + 1
+    assert lines(12) == lines(32) == lines(256)  # from 12 on: with 8, two constants are equal, which JAX 0.7 writes once
 
 
 @policies
