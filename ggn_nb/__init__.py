@@ -2,6 +2,10 @@
 
 from importlib.metadata import version
 
+from ggn_nb.layers.dense_blocks import DenseBlocks
+from ggn_nb.layers.gram import Gram, gram
+from ggn_nb.linalg.closed_forms import Solution
+from ggn_nb.linalg.functions import eigsh, inverse, inverse_sqrt, logdet, sample, solve
 from ggn_nb.losses import (
     ClosedFormLoss,
     CustomLoss,
@@ -13,6 +17,9 @@ from ggn_nb.losses import (
     multi_head,
     register_loss,
 )
+from ggn_nb.layers.blocks import BlockDiagonal, block_diagonal
+from ggn_nb.layers.diagonal import Estimate, diagonal, trace
+from ggn_nb.layers.explain import Explanation, explain
 from ggn_nb.operators.batches import Batch
 from ggn_nb.operators.creation import DataOptions, ProblemOptions, Unbound
 from ggn_nb.operators.curvature import Curvature
@@ -30,10 +37,12 @@ from ggn_nb.operators.operator import (
     static_field,
 )
 from ggn_nb.operators.samples import Samples
+from ggn_nb.operators.square_root import SquareRoot, square_root
 from ggn_nb.operators.streamed import Streamed
 from ggn_nb.operators.streams import Stream
 from ggn_nb.operators.subset import select_params
 from ggn_nb.operators.verification import Check, Report, is_psd, verify
+from ggn_nb.tools.progress import show_progress
 
 __version__ = version("ggn_nb")
 
@@ -42,6 +51,18 @@ __all__ = [
     "create_ggn_mv",
     "create_hessian_mv",
     "create_fisher_mv",
+    # G = A Aᵀ
+    "square_root",
+    "SquareRoot",
+    # what the layers of the model give
+    "diagonal",
+    "trace",
+    "block_diagonal",
+    "explain",
+    "Estimate",
+    "BlockDiagonal",
+    "Explanation",
+    "show_progress",
     # the same, with the data in each product
     "create_ggn_mv_without_data",
     "create_hessian_mv_without_data",
@@ -76,6 +97,18 @@ __all__ = [
     "Scaled",
     "Damped",
     "Flat",
+    # representations of a matrix
+    "gram",
+    "Gram",
+    "DenseBlocks",
+    # functions of a damped representation
+    "solve",
+    "Solution",
+    "inverse",
+    "inverse_sqrt",
+    "logdet",
+    "sample",
+    "eigsh",
     # the keywords that creating functions share
     "DataOptions",
     "ProblemOptions",

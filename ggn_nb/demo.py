@@ -77,7 +77,7 @@ def dense_error(model_fn, params, data: dict) -> float:
 
 # %% ../nbs/demo.ipynb #79a997ec
 @jax.jit
-def solve(A, b):
+def conjugate_gradients(A, b):
     "The solution of A x = b, by conjugate gradients"
     return jax.scipy.sparse.linalg.cg(A, b, maxiter=100)[0]
 
@@ -86,7 +86,8 @@ def damped_step(model_fn, params, data: dict, damping: float = 1e-2):
     "The parameters after one damped Gauss-Newton step on the mean loss"
     gradient = jax.grad(lambda p: mean_loss(model_fn, p, data))(params)
     G = create_ggn_mv(model_fn, params, data, "cross_entropy", num_total_samples=1)
-    return jax.tree.map(lambda p, d: p - d, params, solve(G.damped(damping), gradient))
+    step = conjugate_gradients(G.damped(damping), gradient)
+    return jax.tree.map(lambda p, d: p - d, params, step)
 
 # %% ../nbs/demo.ipynb #7947a3db
 def along(params, stepped, t):

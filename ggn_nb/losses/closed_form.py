@@ -46,6 +46,8 @@ class Formulas:
     - `square_root_mv`: (u, f, y) -> S u with S Sᵀ = H, shaped like f; None where H is indefinite.
     - `square_root_transpose_mv`: (v, f, y) -> Sᵀ v, shaped like f; None likewise.
     - `sample`: (key, f) -> y; None where there is nothing to sample.
+    - `hessian_diagonal`: (f, y) -> the diagonal of H, shaped like f; None: by products with unit
+      vectors.
 
     Example:
 
@@ -60,6 +62,7 @@ class Formulas:
     square_root_mv: Callable[..., jax.Array] | None
     square_root_transpose_mv: Callable[..., jax.Array] | None
     sample: Callable[..., jax.Array] | None = None
+    hessian_diagonal: Callable[..., jax.Array] | None = None
 
 # %% ../../nbs/losses/02_closed_form.ipynb #4eee1907
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def entrywise(
         96.0
     """
     S = None if indefinite else _Diagonal(deviation or _SquareRoot(curvature))
-    return Formulas(value, gradient, _Diagonal(curvature), S, S, sample)
+    return Formulas(value, gradient, _Diagonal(curvature), S, S, sample, curvature)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #abb7518b
 class ParsedTarget(NamedTuple):
@@ -363,6 +366,18 @@ def _apply(loss, method, like, target_use, pred, target, given, v=None, name="pr
     result = _nan_where(at.wrong, weigh(formula(*at.arguments), weight, at.blank))
     return _original_axes(result.astype(jnp.result_type(like)), at.f, loss.axis)
 
+# %% ../../nbs/losses/02_closed_form.ipynb #b2d00001
+def _diagonal_by_products(loss, pred, target, given) -> jax.Array:
+    "The diagonal of H by a product for each entry of a position's vector"
+    pred = jnp.moveaxis(jnp.asarray(pred), loss.axis, -1)
+    def entry(i):
+        unit = jnp.broadcast_to(jax.nn.one_hot(i, pred.shape[-1], dtype=pred.dtype), pred.shape)
+        args = (jnp.moveaxis(x, -1, loss.axis) for x in (unit, pred))
+        product = loss.hessian_mv(*args, target, weight=given[0], mask=given[1])
+        return jnp.take(jnp.moveaxis(product, loss.axis, -1), i, axis=-1)
+    diagonal = jax.lax.map(entry, jnp.arange(pred.shape[-1]))
+    return jnp.moveaxis(diagonal, 0, loss.axis % pred.ndim)
+
 # %% ../../nbs/losses/02_closed_form.ipynb #b2000013
 def _described(loss) -> str:
     "A loss as the call that makes it"
@@ -452,6 +467,13 @@ class ClosedFormLoss(Loss):
                                  weight=None, mask=None) -> jax.Array:
         "Sᵀ v; shape and dtype of v. `ValueError` where H is indefinite"
         return self._product("square_root_transpose_mv", v, "v", pred, target, (weight, mask))
+
+    def hessian_diagonal(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
+        "The diagonal of H; shape and dtype of pred"
+        given = pred, target, (weight, mask)
+        if self.formulas.hessian_diagonal is None:
+            return _diagonal_by_products(self, *given)
+        return _apply(self, "hessian_diagonal", pred, self.target_use, *given)
 
     def sample(self, key, pred) -> jax.Array:
         "Targets drawn from the distribution at `pred`. `ValueError` where the loss has none"

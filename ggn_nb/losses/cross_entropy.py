@@ -181,6 +181,16 @@ def cross_entropy_hessian_mv(
     s = _total_weight(f, y, class_weight, label_smoothing)
     return _multiplied(s, p * (w - mean))
 
+# %% ../../nbs/losses/11_cross_entropy.ipynb #ced00001
+def cross_entropy_hessian_diagonal(
+    f, y=None, class_weight=None, label_smoothing=None, ignore_index=None
+) -> jax.Array:
+    "s p (1 − p), where 1 − p is the sum of the others if p is more than half"
+    p, _ = _softmax(f)
+    others = jnp.sum(jnp.where(p > 0.5, 0, p), axis=-1, keepdims=True)
+    s = _total_weight(f, y, class_weight, label_smoothing)
+    return _multiplied(s, p * jnp.where(p > 0.5, others, 1 - p))
+
 # %% ../../nbs/losses/11_cross_entropy.ipynb #c8bd9dc0
 def cross_entropy_square_root_mv(
     u, f, y=None, class_weight=None, label_smoothing=None, ignore_index=None
@@ -230,7 +240,8 @@ def _integer(value) -> jax.Array | None:
 # %% ../../nbs/losses/11_cross_entropy.ipynb #da5a35b8
 _FORMULAS = Formulas(
     cross_entropy_value, cross_entropy_gradient, cross_entropy_hessian_mv,
-    cross_entropy_square_root_mv, cross_entropy_square_root_transpose_mv, cross_entropy_sample)
+    cross_entropy_square_root_mv, cross_entropy_square_root_transpose_mv, cross_entropy_sample,
+    cross_entropy_hessian_diagonal)
 _ROW = Row("-log(p)[y]", "diag(p) - outer(p, p)", "diag(sqrt(p)) - outer(p, sqrt(p))",
            "O(C)", "p = softmax(f)")
 _SMOOTHED = _ROW._replace(

@@ -28,14 +28,19 @@ def _not_written(loss: Any, method: str) -> ValueError:
     name = type(loss).__name__
     return ValueError(f"{method}: got a {name}, expected a loss that has this method")
 
+
+def _structure_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    "Shape and dtype of an array, or of what JAX reads as one"
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
 # %% ../../nbs/losses/00_loss.ipynb #1fc43522
 class Loss(ABC):
     """What every loss can do: the abstract base class of all losses.
 
     A loss is a pytree whose leaves are its options, so it may be an argument of a compiled program.
     A subclass writes `hessian_mv`, `weight_sum` and `faults`, and of the other methods those it
-    has: they raise `ValueError` until written, but for `counted`, which returns the mask, and
-    `total`, which needs `value` only.
+    has: they raise `ValueError` until written, but for `counted`, which returns the mask,
+    `column_structure`, which is that of the prediction, and `total`, which needs `value` only.
 
     Arguments of the methods:
 
@@ -107,6 +112,13 @@ class Loss(ABC):
                                  weight: Any = None, mask: Any = None) -> Any:
         "Sᵀ `v`, weighted: shapes and dtypes of `v`. `ValueError` where there is no S."
         raise _not_written(self, "square_root_transpose_mv")
+
+    def column_structure(self, pred: Any, target: Any = None) -> Any:
+        """The tree of shapes and dtypes of the vectors u that S takes: by default that of `pred`.
+
+        S has a column for each of its numbers. `pred` and `target` may be shapes and dtypes too.
+        """
+        return jax.tree.map(_structure_of, pred)
 
     def sample(self, key: jax.Array, pred: Any) -> Any:
         "Targets drawn from the distribution at `pred`. `ValueError` where there is none."

@@ -57,7 +57,7 @@ def _given_by_head(losses, given, name) -> list:
 def _serves_all(given) -> bool: return given is None or jax.tree_util.all_leaves([given])
 
 # %% ../../nbs/losses/30_multi_head.ipynb #b5000003
-def _each_head(losses, pred, target, weight, mask) -> Iterator[tuple]:
+def each_head(losses, pred, target, weight, mask) -> Iterator[tuple]:
     "Loss, prediction, target, weight and mask of each head"
     preds = _by_head(losses, pred, "pred")
     targets = [None] * len(preds) if target is None else _by_head(losses, target, "target")
@@ -143,6 +143,11 @@ class MultiHeadLoss(Loss):
         vectors, method = _by_head(self.losses, v, "v"), "square_root_transpose_mv"
         return self._scaled(method, pred, target, weight, mask, vectors)
 
+    def column_structure(self, pred, target=None) -> Any:
+        "That of each head"
+        each = each_head(self.losses, pred, target, None, None)
+        return self._tree([loss.column_structure(f, y) for loss, f, y, _, _ in each])
+
     def sample(self, key, pred) -> Any:
         "A target for each head, drawn independently"
         heads = _by_head(self.losses, pred, "pred")
@@ -152,14 +157,14 @@ class MultiHeadLoss(Loss):
 
     def weight_sum(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The sum of weights of each head"
-        each = _each_head(self.losses, pred, target, weight, mask)
+        each = each_head(self.losses, pred, target, weight, mask)
         return self._tree([loss.weight_sum(f, y, weight=w, mask=m) for loss, f, y, w, m in each])
 
     def faults(self, pred, target=None, *, weight=None, mask=None,
                reads_target=False) -> dict[str, jax.Array]:
         "What is wrong with the numbers of some head"
         found: dict[str, jax.Array] = {}
-        for loss, f, y, w, m in _each_head(self.losses, pred, target, weight, mask):
+        for loss, f, y, w, m in each_head(self.losses, pred, target, weight, mask):
             faults = loss.faults(f, y, weight=w, mask=m, reads_target=reads_target)
             for message, present in faults.items():
                 found[message] = found.get(message, False) | present
@@ -167,7 +172,7 @@ class MultiHeadLoss(Loss):
 
     def counted(self, pred, target=None, *, mask=None) -> Any:
         "What counts in each head"
-        each = _each_head(self.losses, pred, target, None, mask)
+        each = each_head(self.losses, pred, target, None, mask)
         return self._tree([loss.counted(f, y, mask=m) for loss, f, y, _, m in each])
 
     @property
@@ -180,7 +185,7 @@ class MultiHeadLoss(Loss):
 
     def _scaled(self, method, pred, target, weight, mask, vectors=None) -> Any:
         "A method of each head's loss, times c, or √c for a square root"
-        each = list(_each_head(self.losses, pred, target, weight, mask))
+        each = list(each_head(self.losses, pred, target, weight, mask))
         leading = [()] * len(each) if vectors is None else [(v,) for v in vectors]
         results = [getattr(loss, method)(*v, f, y, weight=w, mask=m)
                    for v, (loss, f, y, w, m) in zip(leading, each, strict=True)]

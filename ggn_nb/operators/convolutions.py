@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
-from ggn_nb.tools.equations import contains, programs_in
+from ggn_nb.tools.equations import contains, context_of, evaluate_equation, programs_in
 
 # %% ../../nbs/operators/05_convolutions.ipynb #d17385da
 def _channels_last_order(spec: tuple) -> tuple:
@@ -59,19 +59,17 @@ def _evaluate(program: Jaxpr, consts: list, *args: Any) -> list:
     values = dict(zip(variables, [*consts, *args], strict=True))
     read = lambda v: v.val if isinstance(v, Literal) else values[v]
     for eqn in program.eqns:
-        with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)):
-            results = _apply(eqn, *map(read, eqn.invars))
+        results = _apply(eqn, *map(read, eqn.invars))
         values.update(zip(eqn.outvars, results, strict=True))
     return list(map(read, program.outvars))
 
 # %% ../../nbs/operators/05_convolutions.ipynb #0b997936
 def _apply(eqn: JaxprEqn, *args: Any) -> list:
     "The results of one equation"
-    if eqn.primitive is lax.conv_general_dilated_p: return [_convolve(*args, **eqn.params)]
+    if eqn.primitive is lax.conv_general_dilated_p:
+        with context_of(eqn): return [_convolve(*args, **eqn.params)]
     params = {name: _rewrite(value) for name, value in eqn.params.items()}
-    functions, params = _bind_params(eqn.primitive, params)
-    results = eqn.primitive.bind(*functions, *args, **params)
-    return results if eqn.primitive.multiple_results else [results]
+    return evaluate_equation(eqn.replace(params=params), args)
 
 
 def _rewrite(value: Any) -> Any:
@@ -85,12 +83,6 @@ def _rewrite(value: Any) -> Any:
 def _rebuild(like: tuple | list, entries: Iterable) -> tuple | list:
     "A tuple, a named tuple or a list of these entries"
     return getattr(like, "_make", type(like))(entries)
-
-
-def _bind_params(primitive: Any, params: dict) -> tuple:
-    "What `primitive.bind` takes before and after the operands"
-    bound = primitive.get_bind_params(params)
-    return bound if isinstance(bound, tuple) else ((), bound)
 
 # %% ../../nbs/operators/05_convolutions.ipynb #6bfa3132
 def channels_last(

@@ -42,8 +42,10 @@ class ProblemOptions(TypedDict, total=False):
       compiled program, which bounds the memory of a product; None (default): all.
     - `linearize`: what is stored between products. "cached": everything that a product needs of
       the forward pass, about what one gradient stores. "rematerialized": the results of matrix
-      products and convolutions; the rest is computed again. "recomputed": nothing; each product
-      pays the forward pass. Or a policy of `jax.checkpoint_policies`. The default is "cached", and
+      products and convolutions; the rest is computed again. "factored": for Gauss-Newton and Fisher
+      matrices, the inputs of each layer and what the loss's columns become at its outputs; pays
+      from about six products on, where columns are few. "recomputed": nothing; each product pays
+      the forward pass. Or a policy of `jax.checkpoint_policies`. The default is "cached", and
       "recomputed" with a `batch_size`, on a stream, or without data.
     """
 

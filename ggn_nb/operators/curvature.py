@@ -45,7 +45,7 @@ _IN_HALF_PRECISION = 256  # samples whose sum the compiler may take in half prec
 
 
 @partial(register_pytree, data_fields=["model_fn", "params", "loss", "factor", "head_scales"],
-         meta_fields=["vmap_over_data", "batch_size", "linearize", "layout"])
+         meta_fields=["vmap_over_data", "batch_size", "linearize", "layout", "blocks"])
 @dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     "A model at its parameters, its loss, and how sums over samples are taken. A pytree"
@@ -59,6 +59,7 @@ class Problem:
     linearize: Linearize = "recomputed"  # what is stored between products
     layout: Layout | None = None  # on which devices; known when there are samples
     head_scales: Any = None  # scalars that multiply each head's summands; None: all are 1
+    blocks: tuple[int, ...] | None = None  # the block that each leaf is in; None: it is all one
 
     @property
     def num_params(self) -> int: return sum(p.size for p in jax.tree.leaves(self.params))
@@ -90,6 +91,9 @@ class Problem:
 
     def linearize_at_params(self, fn: Callable) -> tuple[Any, Callable]:
         "`fn` at the parameters, and its derivative, with the intermediates that the policy stores"
+        if self.linearize == "factored":
+            raise ValueError("linearize: got 'factored', which is for Gauss-Newton and Fisher "
+                             "matrices, expected another one for a Hessian")
         return linearize_at(widen(self.params), fn, self.linearize)
 
     def call_loss(self, method: str, pred: Any, samples: Samples, *vectors: Any, **options) -> Any:
@@ -127,8 +131,17 @@ def _sum_leaves(tree: Any) -> jax.Array:
 # %% ../../nbs/operators/12_curvature.ipynb #9790b090
 def on_each_device(problem: Problem, fn: Callable) -> Callable:
     "`fn(whole, split)` on each device, for its own part of `split`"
-    on_cpu = jax.default_backend() == "cpu"
-    return problem.layout.on_each_device(channels_last(fn) if on_cpu else fn)
+    return problem.layout.on_each_device(_with_quick_loops(fn))
+
+
+def rows_on_each_device(problem: Problem, fn: Callable) -> Callable:
+    "The same for an `fn` whose results have a row for each sample; the rows of all of them"
+    return problem.layout.rows_on_each_device(_with_quick_loops(fn))
+
+
+def _with_quick_loops(fn: Callable) -> Callable:
+    "`fn`, with its convolutions rearranged where it runs on a CPU"
+    return channels_last(fn) if jax.default_backend() == "cpu" else fn
 
 
 def sum_over_samples(problem: Problem, fn: Callable, whole: Any, samples: Samples) -> Any:
@@ -305,7 +318,7 @@ def _made_anew(kind: type, made_of: dict, linearized: bool) -> Curvature:
     return operator.linearized() if linearized else operator
 
 
-def _apart(tree: Any) -> Any:
+def apart(tree: Any) -> Any:
     "`tree`, as arrays that the compiler does not compute with while it compiles"
     return jax.tree.map(jax.lax.optimization_barrier, tree)
 
@@ -313,7 +326,7 @@ def _apart(tree: Any) -> Any:
 @program
 def _linearize(operator: Curvature) -> Any:
     "What is computed at the parameters, on each device for its own samples"
-    kind, (problem, samples) = type(operator), _apart((operator.problem, operator.samples))
+    kind, (problem, samples) = type(operator), apart((operator.problem, operator.samples))
     def linearize(problem, samples):
         return trimmed(lambda: kind.linearize(problem, samples), (problem, samples))
     return on_each_device(problem, linearize)(problem, samples)
@@ -326,9 +339,30 @@ def _multiply(operator: Curvature, vec: Any) -> Any:
 # %% ../../nbs/operators/12_curvature.ipynb #c5a20001
 def sum_products(operator: Curvature, vec: Any) -> Any:
     "Σ w A vec over all samples, in float32 or better; zero where all of them are masked"
-    operator, vec = _apart(operator), widen(vec)
-    from_scratch = operator.linearization is None
-    return (_sum_from_scratch if from_scratch else _sum_linearized)(operator, vec)
+    kind = type(operator)
+    multiply = lambda problem, at, samples, vec, _: kind.product(problem, at, samples, vec)
+    return sum_at_params(operator, multiply, widen(vec))
+
+
+def sum_at_params(
+    operator: Curvature,
+    fn: Callable,  # (problem, linearization, samples, vec, rows) -> their sum over these samples
+    vec: Any,  # what every sample sees: a pytree of arrays
+    rows: Any = None,  # of which each sample sees its own row
+) -> Any:  # as `fn` returns it
+    "`fn` at the parameters, summed over all samples; zero where all of them are masked"
+    def unmasked(problem, at, samples, vec, rows):
+        total = fn(problem, at, samples, vec, rows)
+        return zero_where_none_counts(problem, samples._replace(weight=None), total)
+    parts = _at_params(operator, unmasked, sum_over_chunks, on_each_device, vec, rows)
+    return operator.problem.layout.sum_over_devices(parts)
+
+
+def map_at_params(operator: Curvature, fn: Callable, vec: Any) -> Any:
+    "`fn` of (problem, linearization, samples, vec, None) at the parameters, a row for each sample"
+    def in_chunks(fn, data, at_once):
+        return map_over_chunks(lambda _, data: fn(data), None, data, at_once)
+    return _at_params(operator, fn, in_chunks, rows_on_each_device, vec, None)
 
 
 def zero_where_none_counts(problem: Problem, samples: Samples, total: Any) -> Any:
@@ -337,30 +371,23 @@ def zero_where_none_counts(problem: Problem, samples: Samples, total: Any) -> An
     if counts is None: return total
     return jax.tree.map(lambda t: jnp.where(jnp.any(counts), t, 0), total)
 
-
-def _product_unmasked(kind, problem, linearization, samples, vec) -> Any:
-    "The product of a kind on a device's own samples, or some of them; zero where all are masked"
-    total = kind.product(problem, linearization, samples, vec)
-    return zero_where_none_counts(problem, samples._replace(weight=None), total)
-
-
-def _sum_from_scratch(operator: Curvature, vec: Any) -> Any:
-    kind, problem = type(operator), operator.problem
-    def multiply(whole, samples):
-        problem, vec = whole
-        return _product_unmasked(kind, problem, kind.linearize(problem, samples), samples, vec)
-    return sum_over_samples(problem, multiply, (problem, vec), operator.samples)
-
-
-def _sum_linearized(operator: Curvature, vec: Any) -> Any:
-    kind, layout = type(operator), operator.problem.layout
-    def multiply(whole, split):
-        (problem, vec), (stored, samples) = whole, split
-        linearization = layout.local_part(stored).filled((problem, samples))
-        return _product_unmasked(kind, problem, linearization, samples, vec)
-    split = (operator.linearization, operator.samples)
-    parts = on_each_device(operator.problem, multiply)((operator.problem, vec), split)
-    return layout.sum_over_devices(parts)
+# %% ../../nbs/operators/12_curvature.ipynb #c5a20010
+def _at_params(operator, fn, over_chunks, on_devices, vec, rows) -> Any:
+    "`fn` with the stored linearisation, or chunk by chunk from scratch, on each device"
+    kind, operator = type(operator), apart(operator)
+    problem, layout = operator.problem, operator.problem.layout
+    at_once = problem.samples_at_once if operator.linearization is None else None
+    def local(whole, split):
+        (problem, vec), (stored, samples, rows) = whole, split
+        def call(data):
+            samples, rows = data
+            at = kind.linearize(problem, samples) if stored is None else linearization
+            return fn(problem, at, samples, vec, rows)
+        if stored is not None:
+            linearization = layout.local_part(stored).filled((problem, samples))
+        return over_chunks(call, (samples, rows), at_once)
+    split = (operator.linearization, operator.samples, rows)
+    return on_devices(problem, local)((problem, vec), split)
 
 # %% ../../nbs/operators/12_curvature.ipynb #a1a196cb
 @partial(program, static_argnums=(0, 3))

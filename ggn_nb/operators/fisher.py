@@ -6,6 +6,7 @@
 __all__ = ['Fisher', 'create_fisher_mv_without_data', 'create_fisher_mv']
 
 # %% ../../nbs/operators/22_fisher.ipynb #6b2efb6a
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -29,16 +30,24 @@ from .operator import register_operator
 from .samples import Samples, widen
 from .streamed import Streamed
 from .streams import Stream
-from ..tools.arrays import is_key, register_pytree
+from ..tools.arrays import is_key, register_pytree, working_dtype
 from ..tools.checks import check_size
 
 # %% ../../nbs/operators/22_fisher.ipynb #eaee1690
-def _outer_product(score: Any, u: Any) -> Any:
-    "g (gᵀ u) over all leaves, the sum in float32 or better"
-    products = jax.tree.map(jnp.vdot, widen(score), widen(u))
-    dot = sum(jax.tree.leaves(products))
-    scale = lambda wide, g: (wide * dot.astype(wide.dtype)).astype(g.dtype)
-    return jax.tree.map(scale, widen(score), score)
+def _inner_products(scores: Any, v: Any) -> jax.Array:
+    "gᵀ v over all leaves, for each of the scores along the axis in front; in float32 or better"
+    dot = lambda g, v: jnp.sum(g * v[None], axis=tuple(range(1, g.ndim)))
+    products = jax.tree.leaves(jax.tree.map(dot, widen(scores), widen(v)))
+    dtype = working_dtype(*(p.dtype for p in products))
+    return sum(p.astype(dtype) for p in products)
+
+
+def _combination(scores: Any, u: jax.Array) -> Any:
+    "Σ u g over the scores along the axis in front, in float32 or better; in their dtypes"
+    def combine(wide, g):
+        factors = u.astype(wide.dtype).reshape(-1, *[1] * (g.ndim - 1))
+        return jnp.sum(factors * wide, axis=0).astype(g.dtype)
+    return jax.tree.map(combine, widen(scores), scores)
 
 
 def _for_each_sample(fn: Callable, whole_batch: bool) -> Callable:
@@ -49,12 +58,47 @@ def _for_each_sample(fn: Callable, whole_batch: bool) -> Callable:
 
 # %% ../../nbs/operators/22_fisher.ipynb #ba9ecf4c
 class _Scores(Loss):
-    "What outer products of scores take from their loss"
+    "The mean outer product of K scores of each sample, in the place of a Hessian"
     is_hessian = False
+    num_samples = 1  # K
+
+    @abstractmethod
+    def scores(self, pred, target, weight, mask, index) -> Any:
+        "√w g of one sample: a pytree like `pred`, with an axis of length K in front"
+
+    def hessian_mv(self, jv, pred, target=None, **given) -> Any:
+        "The mean of w g gᵀ jv; a pytree like `pred`"
+        mean = lambda g, jv: _combination(g, _inner_products(g, jv) / self.num_samples)
+        return self._with_scores(mean, jv, pred, target, **given)
+
+    def square_root_mv(self, u, pred, target=None, **given) -> Any:
+        "Σ u √w g / √K; a pytree like `pred`"
+        combine = lambda g, u: _combination(g, u / self.num_samples**0.5)
+        return self._with_scores(combine, u, pred, target, **given)
+
+    def square_root_transpose_mv(self, v, pred, target=None, **given) -> Any:
+        "√w gᵀ v / √K for each score"
+        lead = (1,) if self.whole_batch else ()
+        each = lambda g, v: _inner_products(g, v).reshape(*lead, -1) / self.num_samples**0.5
+        return self._with_scores(each, v, pred, target, **given)
+
+    def column_structure(self, pred, target=None) -> jax.ShapeDtypeStruct:
+        "A number for each score; a row of them for each sample of a whole batch"
+        leaves = jax.tree.leaves(pred)
+        lead = leaves[0].shape[:1] if self.whole_batch else ()
+        dtype = working_dtype(*(leaf.dtype for leaf in leaves))
+        return jax.ShapeDtypeStruct((*lead, self.num_samples), dtype)
 
     def weight_sum(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
         "That of the loss"
         return self.loss.weight_sum(pred, target, weight=weight, mask=mask)
+
+    def _with_scores(self, fn, vec, pred, target, weight=None, mask=None, index=None, **kwargs):
+        "`fn` of the scores and a vector, for each sample"
+        def one(vec, pred, target, weight, mask, index):
+            return fn(self.scores(pred, target, jax.tree.map(root, weight), mask, index), vec)
+        one = _for_each_sample(one, self.whole_batch)
+        return one(vec, pred, target, weight, mask, index)
 
 
 @partial(register_pytree, data_fields=["loss"], meta_fields=["whole_batch"])
@@ -64,22 +108,20 @@ class _ScoreProducts(_Scores):
     loss: Loss
     whole_batch: bool  # is it called with all samples at once?
 
-    def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
-        "w g gᵀ jv; a pytree like `pred`"
-        def one(jv, pred, target, weight, mask):
-            roots = jax.tree.map(root, weight)
-            return _outer_product(self.loss.gradient(pred, target, weight=roots, mask=mask), jv)
-        return _for_each_sample(one, self.whole_batch)(jv, pred, target, weight, mask)
+    def scores(self, pred, target, weight, mask, index) -> Any:
+        "√w g at the target"
+        g = self.loss.gradient(pred, target, weight=weight, mask=mask)
+        return jax.tree.map(lambda leaf: leaf[None], g)
 
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict:
         "Those of the loss and its gradient"
         return self.loss.faults(pred, target, weight=weight, mask=mask, reads_target=True)
 
 # %% ../../nbs/operators/22_fisher.ipynb #5fcbd68f
-def _check_key(key: Any) -> None:
+def check_key(key: Any, needed: str = "kind='monte_carlo'") -> None:
     "Raise `TypeError` or `ValueError` unless `key` is one random key, of JAX's type or raw"
     expected = "expected one JAX random key such as jax.random.key(0)"
-    if key is None: raise ValueError(f"key: got None, {expected}, for kind='monte_carlo'")
+    if key is None: raise ValueError(f"key: got None, {expected}, for {needed}")
     if not isinstance(key, jax.Array | np.ndarray): raise TypeError(f"key: got {key!r}, {expected}")
     if not is_key(key) and key.dtype != np.uint32:
         raise TypeError(f"key: got dtype {key.dtype}, {expected}")
@@ -87,7 +129,7 @@ def _check_key(key: Any) -> None:
         raise ValueError(f"key: got shape {key.shape} and dtype {key.dtype}, {expected}")
 
 
-def _threefry_key(key: jax.Array | np.ndarray) -> jax.Array:
+def threefry_key(key: jax.Array | np.ndarray) -> jax.Array:
     "A Threefry key is itself; of any other, the words are folded into one"
     words = jax.random.key_data(key) if is_key(key) else jnp.asarray(key)
     if words.shape == (2,): return jax.random.wrap_key_data(words, impl="threefry2x32")
@@ -104,18 +146,12 @@ class _SampledScoreProducts(_Scores):
     num_samples: int  # targets drawn for each sample
     indexed = True
 
-    def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, index, **kwargs) -> Any:
-        "The mean of w g gᵀ jv; a pytree like `pred`"
-        def one(jv, pred, target, weight, mask, index):
-            key = jax.random.fold_in(self.key, index.reshape(()))
-            given = {"weight": jax.tree.map(root, weight),
-                     "mask": self.loss.counted(pred, target, mask=mask)}
-            def product(key):
-                score = self.loss.gradient(pred, self.loss.sample(key, pred), **given)
-                return _outer_product(score, jv)
-            products = jax.vmap(product)(jax.random.split(key, self.num_samples))
-            return jax.tree.map(lambda p: jnp.mean(p, axis=0), products)
-        return _for_each_sample(one, self.whole_batch)(jv, pred, target, weight, mask, index)
+    def scores(self, pred, target, weight, mask, index) -> Any:
+        "√w g at each draw"
+        keys = jax.random.split(jax.random.fold_in(self.key, index.reshape(())), self.num_samples)
+        given = {"weight": weight, "mask": self.loss.counted(pred, target, mask=mask)}
+        score = lambda key: self.loss.gradient(pred, self.loss.sample(key, pred), **given)
+        return jax.vmap(score)(keys)
 
     def weight_sum(self, pred, target=None, **given) -> Any:
         "That of the loss, which may want a target where there is none"
@@ -144,16 +180,16 @@ def _is_missing(target: Any) -> bool:
 def _is_loss(x: Any) -> bool: return isinstance(x, Loss)
 
 
-def _heads(loss: Loss) -> list[Loss]:
+def heads_of(loss: Loss) -> list[Loss]:
     "The losses of single heads that `loss` is made of"
     if not isinstance(loss, MultiHeadLoss): return [loss]
     parts = jax.tree.leaves(loss.losses, is_leaf=_is_loss)
-    return [head for part in parts for head in _heads(part)]
+    return [head for part in parts for head in heads_of(part)]
 
 
 def _check_fisher(loss: Loss) -> Loss:
     "`loss`, if the H of each head is the Fisher information, which the head's weight multiplies"
-    for head in _heads(loss):
+    for head in heads_of(loss):
         if not head.is_fisher:
             raise ValueError("kind: got 'exact', expected a loss whose H is the Fisher "
                              f"information, which that of {head!r} is not; {_remedy(head)}")
@@ -172,10 +208,10 @@ _NO_LIKELIHOOD = (
     "class weights and smoothing (weights go into data['weight']), or a CustomLoss with a sampler")
 
 # %% ../../nbs/operators/22_fisher.ipynb #50fa2627
-def _with_root_scales(loss: Loss) -> Loss:
+def with_root_scales(loss: Loss) -> Loss:
     "`loss`, if each head is a likelihood, with √c for its weight c: its scores enter twice"
     if isinstance(loss, MultiHeadLoss):
-        heads = jax.tree.map(_with_root_scales, loss.losses, is_leaf=_is_loss)
+        heads = jax.tree.map(with_root_scales, loss.losses, is_leaf=_is_loss)
         return MultiHeadLoss(heads, jax.tree.map(root, loss.scales))
     if loss.is_likelihood: return loss
     raise ValueError("kind: got 'monte_carlo', expected a negative log-likelihood, which "
@@ -226,9 +262,9 @@ def _loss_in_the_middle(
         raise ValueError(f"kind: got {kind!r}, expected 'exact', 'monte_carlo' or 'empirical'")
     loss, num_samples = create_loss(loss_fn), check_size(num_samples, "num_samples") or 1
     if kind == "monte_carlo":
-        _check_key(key)
+        check_key(key)
         return _SampledScoreProducts(
-            _with_root_scales(loss), _threefry_key(key), whole_batch, num_samples)
+            with_root_scales(loss), threefry_key(key), whole_batch, num_samples)
     _check_nothing_drawn(kind, key, num_samples)
     return _check_fisher(loss) if kind == "exact" else _ScoreProducts(loss, whole_batch)
 

@@ -7,7 +7,7 @@ __all__ = ['GGN', 'create_ggn_mv_without_data', 'create_ggn_mv']
 
 # %% ../../nbs/operators/20_ggn.ipynb #46298821
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,25 @@ def _stored(
         with set_xla_metadata(inlineable="false"): return jax.jit(called)(x)
     return call
 
+# %% ../../nbs/operators/20_ggn.ipynb #20a60002
+class Way(NamedTuple):
+    "What is stored in the place of the prediction and v -> J v, and the product from that"
+    linearize: Callable  # (problem, samples) -> pytree
+    product: Callable  # (problem, what that returned, samples, vec) -> like vec
+
+
+_WAYS: dict[str, Way] = {}  # by the value of `linearize`
+
+
+def register_way(name: str, way: Way) -> None:
+    "Make a way known by a value of `linearize`"
+    _WAYS[name] = way
+
+
+def _way(problem: Problem) -> Way | None:
+    "The way of a problem, where it is another one than v -> J v"
+    return _WAYS.get(problem.linearize) if isinstance(problem.linearize, str) else None
+
 # %% ../../nbs/operators/20_ggn.ipynb #792e61f5
 @register_operator
 class GGN(Curvature):
@@ -62,12 +81,14 @@ class GGN(Curvature):
 
     @staticmethod
     def linearize(problem: Problem, samples: Samples) -> tuple[Any, Callable]:
-        """The prediction, and v → J v."""
+        """The prediction, and v → J v; with `linearize="factored"` the pairs of each layer."""
+        if way := _way(problem): return way.linearize(problem, samples)
         return problem.linearize_at_params(problem.predict(samples.input))
 
     @staticmethod
     def product(problem: Problem, linearization: tuple, samples: Samples, vec: Any) -> Any:
         """Jᵀ H J vec."""
+        if way := _way(problem): return way.product(problem, linearization, samples, vec)
         pred, jvp = linearization
         def times_hessian(jv):
             return problem.scale_heads(_hessian_product(problem, jv, pred, samples))

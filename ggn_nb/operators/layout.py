@@ -45,9 +45,13 @@ class Layout:
     def on_each_device(self, fn: Callable) -> Callable:
         "`fn(whole, split)` on each device, for its part of `split`; results on a new axis in front"
         if not self.axes: return fn
-        local = lambda whole, split: jax.tree.map(lambda a: a[None], fn(whole, split))
+        return self.rows_on_each_device(lambda *args: jax.tree.map(lambda a: a[None], fn(*args)))
+
+    def rows_on_each_device(self, fn: Callable) -> Callable:
+        "`fn(whole, split)` on each device, whose results have rows as its part of `split` has"
+        if not self.axes: return fn
         split = PartitionSpec(self.axes)
-        return jax.shard_map(local, mesh=self.mesh, in_specs=(PartitionSpec(), split),
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=(PartitionSpec(), split),
                              out_specs=split, axis_names=set(self.axes), check_vma=False)
 
     def local_part(self, parts: Any) -> Any:

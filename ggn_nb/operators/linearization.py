@@ -21,7 +21,9 @@ from jax.tree_util import PyTreeDef
 from ggn_nb.operators.operator import bytes_of
 from ggn_nb.operators.policies import Linearize, checkpoint_policies
 from ggn_nb.tools.arrays import register_pytree
-from ggn_nb.tools.equations import contains, equations_of, is_reverse_only
+from ggn_nb.tools.equations import (
+    contains, equations_of, evaluate_equation, is_reverse_only,
+)
 
 # %% ../../nbs/operators/11_linearization.ipynb #267ed69a
 @partial(register_pytree, data_fields=["stored"], meta_fields=["program", "structure"])
@@ -77,8 +79,7 @@ def _rearranged(program: Jaxpr, known: dict[Var, Any]) -> dict[Var, Any]:
         found = [(i, v) for i, v in enumerate(eqn.invars) if isinstance(v, Var) and v in values]
         given = {i: values[v] for i, v in found}
         if eqn.primitive.name in _REARRANGING and given.keys() == {0}:
-            result = eqn.primitive.bind(given[0], **eqn.params)
-            values[eqn.outvars[0]] = result[0] if eqn.primitive.multiple_results else result
+            values |= dict(zip(eqn.outvars, evaluate_equation(eqn, [given[0]]), strict=True))
         if eqn.primitive.name in ("closed_call", "eval_jaxpr"):
             values |= _rearranged_within(eqn, given)
     return values

@@ -37,8 +37,8 @@ def _is_product_or_summary(primitive, *_, **__) -> bool:
     return primitive.name in _PRODUCTS or primitive.name.startswith(_SUMMARIES)
 
 # %% ../../nbs/operators/10_policies.ipynb #40f6982c
-Linearize = Literal["cached", "rematerialized", "recomputed"] | Callable[..., Any]
-_NAMES = ["cached", "rematerialized", "recomputed"]
+Linearize = Literal["cached", "rematerialized", "factored", "recomputed"] | Callable[..., Any]
+_NAMES = ["cached", "rematerialized", "factored", "recomputed"]
 
 
 def checkpoint_policies(linearize: Linearize, has_loops: bool) -> tuple[Callable, ...]:

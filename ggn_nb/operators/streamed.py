@@ -28,9 +28,9 @@ from ..tools.functions import with_whole_functions
 from ..tools.programs import program
 
 # %% ../../nbs/operators/13_streamed.ipynb #7c2317d9
-def _samples_of(problem: Problem, batch: Batch) -> Samples:
-    "The samples of a batch, numbered through the stream; those that do not count are harmless"
-    numbered = problem.loss.indexed
+def samples_of(problem: Problem, batch: Batch, numbered: bool = False) -> Samples:
+    "The samples of a batch, numbered if wanted; those that do not count are harmless"
+    numbered = numbered or problem.loss.indexed
     if not problem.vmap_over_data:
         return number_samples(batch.samples, batch.start) if numbered else batch.samples
     samples = masked_samples(batch, numbered=numbered)
@@ -39,10 +39,10 @@ def _samples_of(problem: Problem, batch: Batch) -> Samples:
 # %% ../../nbs/operators/13_streamed.ipynb #e45296b7
 def _on_batch(kind: type[Curvature], problem: Problem, batch: Batch) -> Curvature:
     "The operator on one batch"
-    return kind(problem, _samples_of(problem, batch))
+    return kind(problem, samples_of(problem, batch))
 
 
-def _placed(batch: Batch) -> Batch:
+def placed(batch: Batch) -> Batch:
     "`batch`, with its place in the stream on the device too"
     return batch._replace(start=jax.device_put(batch.start))
 
@@ -107,7 +107,7 @@ class Streamed(Operator):
         return self._sum(_batch_sums, vecs)
 
     def _sum(self, summand: Any, vecs: Any) -> Any:
-        of_batch = lambda batch: summand(_placed(batch), self.kind, self.problem, vecs)
+        of_batch = lambda batch: summand(placed(batch), self.kind, self.problem, vecs)
         total = sum_over_batches(self.stream, of_batch, pad=self.problem.vmap_over_data)
         return _times_factor(self.problem, total)
 
@@ -162,7 +162,7 @@ def _look_over(kind, problem, stream, weigh) -> tuple[Any, int | None]:
 def _look_over_batch(number, batch, kind, problem, weigh) -> tuple[Any, int | None]:
     "Sum of weights and number of samples of a batch; an error with its number if there are faults"
     try:
-        faults, weights, size = _inspect_batch(_placed(batch), kind, problem, weigh)
+        faults, weights, size = _inspect_batch(placed(batch), kind, problem, weigh)
         raise_faults(jax.device_get(faults))
     except (TypeError, ValueError) as e:
         if type(e) not in (TypeError, ValueError): raise  # one of JAX

@@ -112,7 +112,7 @@ def _largest(*trees: Any) -> float:
     return max([np.finfo(np.float64).tiny, *(np.max(np.abs(a), initial=0) for a in leaves)])
 
 
-def _relative(actual: Any, expected: Any, scale: float | None = None) -> float:
+def relative_error(actual: Any, expected: Any, scale: float | None = None) -> float:
     "The largest difference of two trees, relative to `scale`, or what is expected at its largest"
     a, e = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (actual, expected))
     if a.shape != e.shape: return float("inf")
@@ -122,7 +122,7 @@ def _relative(actual: Any, expected: Any, scale: float | None = None) -> float:
 _ALLOWED = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
-def _allowed(tree: Any) -> float:
+def allowed_error(tree: Any) -> float:
     "The relative error to be expected from the dtypes of `tree`"
     return max(_ALLOWED[jnp.dtype(leaf.dtype).name] for leaf in jax.tree.leaves(tree))
 
@@ -211,7 +211,7 @@ def is_psd(
     loss = create_loss(loss)
     pred, target, given = _read_arguments(loss, pred, target, weight, mask)
     H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
-    return _negativity(H) <= _allowed(pred)
+    return _negativity(H) <= allowed_error(pred)
 
 # %% ../../nbs/operators/30_verification.ipynb #a05edbea
 def _square_root_checks(
@@ -221,10 +221,10 @@ def _square_root_checks(
     try: S = _dense(lambda u: loss.square_root_mv(u, pred, target, **given), pred)
     except ValueError: return []
     transposed = _dense(lambda v: loss.square_root_transpose_mv(v, pred, target, **given), pred)
-    tol = _allowed(pred)
+    tol = allowed_error(pred)
     return [Check("H is positive semi-definite", _negativity(H), tol),
-            Check("S Sᵀ = H", _relative(S @ S.T, H), 10 * tol),
-            Check("S and Sᵀ are adjoint", _relative(transposed, S.T), tol)]
+            Check("S Sᵀ = H", relative_error(S @ S.T, H), 10 * tol),
+            Check("S and Sᵀ are adjoint", relative_error(transposed, S.T), tol)]
 
 # %% ../../nbs/operators/30_verification.ipynb #45d290f8
 def _draw_mixed(loss: Loss, pred: Any, key: jax.Array) -> tuple[Any, Any]:
@@ -293,23 +293,23 @@ def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check
 def _hessian_check(total: Callable, pred: Any, H: np.ndarray) -> Check:
     "H against automatic differentiation, which has the rounding errors of the terms that it adds"
     at = lambda f: _dense(lambda u: jax.jvp(jax.grad(total), (f,), (u,))[1], f)
-    tol, expected = 10 * _allowed(pred), at(pred)
+    tol, expected = 10 * allowed_error(pred), at(pred)
     terms = _largest(at(jax.tree.map(jnp.zeros_like, pred)))
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(pred))
     rounding = 4 * eps * terms if np.isfinite(terms) else 0
-    error = _relative(H, expected, _largest(expected) + rounding / tol)
+    error = relative_error(H, expected, _largest(expected) + rounding / tol)
     return Check("H is the Hessian of the value", error, tol)
 
 
 def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
     "Every check that the loss's own claims call for"
-    tol = _allowed(pred)
+    tol = allowed_error(pred)
     total = lambda f: loss.total(f, target, **given)
     gradient = loss.gradient(pred, target, **given)
     H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
-    error = _relative(gradient, jax.grad(total)(pred))
+    error = relative_error(gradient, jax.grad(total)(pred))
     checks = [Check("gradient is that of the value", error, tol),
-              Check("H is symmetric", _relative(H, H.T), tol)]
+              Check("H is symmetric", relative_error(H, H.T), tol)]
     if loss.is_hessian: checks.append(_hessian_check(total, pred, H))
     checks += _square_root_checks(loss, pred, target, given, H)
     if loss.is_fisher and not given: checks.append(_fisher_check(loss, pred, H, key))
@@ -326,15 +326,15 @@ def _chunk_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Arra
     "Totals, means and products of the parts are those of the whole"
     n = _common_length((pred, target, given))
     if n < 2: return []
-    tol = _allowed(pred)
+    tol = allowed_error(pred)
     u = jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), pred)
     whole = jax.tree.map(jnp.asarray, (u, pred, target, given))
     product = lambda u, f, y, w: loss.hessian_mv(u, f, y, **w)
     first, second, reverse = _parts(whole, n)
     joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), product(*first), product(*second))
     turned = jax.tree.map(lambda a: a[::-1], product(*reverse))
-    checks = [Check("H is the same in chunks", _relative(joined, product(*whole)), tol),
-              Check("H is the same in reverse order", _relative(turned, product(*whole)), tol)]
+    checks = [Check("H is the same in chunks", relative_error(joined, product(*whole)), tol),
+              Check("H is the same in reverse order", relative_error(turned, product(*whole)), tol)]
     if target is None and not isinstance(loss, CustomLoss): return checks
     return checks + [_mean_check(loss, whole, first, second, tol)]
 
@@ -352,7 +352,7 @@ def _mean_check(loss: Loss, whole: Any, first: Any, second: Any, tol: float) -> 
     add = lambda fn: jax.tree.map(jnp.add, fn(*first), fn(*second))
     mean = sum(jax.tree.leaves(jax.tree.map(jnp.divide, add(total), add(weight))))
     _, f, y, w = whole
-    error = _relative(mean, loss.total(f, y, reduction="mean", **w))
+    error = relative_error(mean, loss.total(f, y, reduction="mean", **w))
     return Check("the mean is the same in chunks", error, tol)
 
 # %% ../../nbs/operators/30_verification.ipynb #176f79e3
@@ -374,14 +374,14 @@ def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]
     "The dense matrix against the operator's own definition, where it brings one"
     expected = A.dense_oracle()
     if expected is None: return []
-    return [Check(f"{A.symbol} is {A.definition}, dense", _relative(dense, expected), tol)]
+    return [Check(f"{A.symbol} is {A.definition}, dense", relative_error(dense, expected), tol)]
 
 # %% ../../nbs/operators/30_verification.ipynb #81d8b3bd
 def _nonlinearity(A: Operator, u: Any, v: Any) -> float:
     "The largest of A(a u + b v) − a A u − b A v, relative to the largest of A u and A v"
     Au, Av = A(u), A(v)
     combine = lambda a, x, b, y: jax.tree.map(lambda x, y: a * x + b * y, x, y)
-    errors = [_relative(A(combine(a, u, b, v)), combine(a, Au, b, Av), _largest(Au, Av))
+    errors = [relative_error(A(combine(a, u, b, v)), combine(a, Au, b, Av), _largest(Au, Av))
               for a, b in ((1, 2), (1, -2), (-1, 0))]
     return float(np.max(errors))
 
@@ -392,7 +392,7 @@ def _product_checks(A: Operator, vecs: list[Any], tol: float) -> list[Check]:
     many = A.matmat(jax.tree.map(lambda *leaves: jnp.stack(leaves), u, v))
     single = jax.tree.map(lambda *leaves: jnp.stack(leaves), A(u), A(v))
     return [Check(f"{A.symbol} is linear", _nonlinearity(A, u, v), tol),
-            Check(f"{A.symbol} of many vectors is that of each", _relative(many, single), tol)]
+            Check(f"{A.symbol} of many vectors is that of each", relative_error(many, single), tol)]
 
 
 def _sample_checks(A: Curvature, vec: Any, tol: float) -> list[Check]:
@@ -402,21 +402,31 @@ def _sample_checks(A: Curvature, vec: Any, tol: float) -> list[Check]:
     on_part = lambda part: on_samples(type(A), A.problem, part, weigh=False)[0](vec)
     first, second, reverse = map(on_part, _parts(A.samples, n))
     joined = jax.tree.map(jnp.add, first, second)
-    return [Check(f"{A.symbol} is the sum over chunks", _relative(joined, A(vec)), tol),
-            Check(f"{A.symbol} is the same in reverse order", _relative(reverse, A(vec)), tol)]
+    return [Check(f"{A.symbol} is the sum over chunks", relative_error(joined, A(vec)), tol),
+            Check(f"{A.symbol} is the same in reverse order", relative_error(reverse, A(vec)), tol)]
+
+# %% ../../nbs/operators/30_verification.ipynb #30a60001
+_MORE_CHECKS: list[Callable] = []
+
+
+def adds_checks(checks: Callable) -> Callable:
+    "Decorator: `verify` makes what (operator, key) -> list of `Check` makes of an operator, too"
+    _MORE_CHECKS.append(checks)
+    return checks
 
 # %% ../../nbs/operators/30_verification.ipynb #114259a8
 def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
     "The contract, the definition, chunks and order"
-    tol, name = 10 * _allowed(A.structure), A.symbol
+    tol, name = 10 * allowed_error(A.structure), A.symbol
     vecs = _random_vectors(A, key, 4)
     if A.shape[0] <= 512: matrix, scale = np.asarray(A.dense(), np.float64), None
     else: matrix, scale = _inner_products(A, vecs)
     checks = _definition_check(A, matrix, tol) if scale is None else []
-    checks += [Check(f"{name} is symmetric", _relative(matrix, matrix.T, scale), tol)]
+    checks += [Check(f"{name} is symmetric", relative_error(matrix, matrix.T, scale), tol)]
     if A.is_psd: checks += [Check(f"{name} is positive semi-definite", _negativity(matrix), tol)]
     checks += _product_checks(A, vecs, tol)
-    return checks + (_sample_checks(A, vecs[0], tol) if isinstance(A, Curvature) else [])
+    if isinstance(A, Curvature): checks += _sample_checks(A, vecs[0], tol)
+    return checks + [check for more in _MORE_CHECKS for check in more(A, key)]
 
 # %% ../../nbs/operators/30_verification.ipynb #26d00cb6
 def verify(

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/tools/07_equations.ipynb #fa25fdec
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -28,6 +29,20 @@ def equations_of(program: ClosedJaxpr | Jaxpr) -> Iterator[JaxprEqn]:
 def contains(program: ClosedJaxpr | Jaxpr, *names: str) -> bool:
     "Is there an operation in it whose name begins like this?"
     return any(eqn.primitive.name.startswith(names) for eqn in equations_of(program))
+
+# %% ../../nbs/tools/07_equations.ipynb #07e40002
+@contextmanager
+def context_of(eqn: JaxprEqn) -> Iterator[None]:
+    "The settings and the names of scopes under which an equation was traced"
+    with eqn.ctx.manager, jax.named_scope(str(eqn.source_info.name_stack)): yield
+
+
+def evaluate_equation(eqn: JaxprEqn, args: Sequence[Any]) -> list:
+    "The results of an equation for these arguments"
+    found = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = found if isinstance(found, tuple) else ((), found)
+    with context_of(eqn): results = eqn.primitive.bind(*functions, *args, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
 
 # %% ../../nbs/tools/07_equations.ipynb #8ce9fd2f
 def is_reverse_only(program: ClosedJaxpr | Jaxpr) -> bool:
