@@ -86,13 +86,14 @@ def newest(name: str) -> dict:
 
 def test_targets_are_of_what_is_measured():
     """Each target is of a case and a contestant that the newest measurement on a CPU has."""
-    products, policies = newest("products"), newest("policies")
+    products, policies, layers = newest("products"), newest("policies"), newest("layers")
     measured = {
         "products": policies["products"],
         "eight vectors": {case: by_k["8"] for case, by_k in policies["vectors"].items()},
         "streams": policies["streams"],
         "compiling": policies["compiling"],
         "overhead": {"eager call": {name.removeprefix("G, ") for name in products["overhead"]}},
+        "layers": {f"{part}, {case}": names for part in ("diagonals", "products") for case, names in layers[part].items()},
     }
     assert set(TARGETS) == {"where", "unit", *measured}
     assert set(TARGETS["unit"]) == set(measured)

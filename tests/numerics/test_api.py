@@ -19,6 +19,7 @@ import ggn_nb.losses.custom
 import ggn_nb.losses.loss
 import ggn_nb.operators.operator
 import ggn_nb.operators.samples
+import ggn_nb.operators.square_root
 import ggn_nb.operators.streamed
 import ggn_nb.operators.streams
 import ggn_nb.operators.subset

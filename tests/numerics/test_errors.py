@@ -278,7 +278,7 @@ def test_given_hessian_product_that_does_not_fit_the_prediction(row):
 def test_policy_must_be_known():
     for policy in ("never", True, ["cached"]):
         for make in (bound, unbound):
-            refused(lambda: make(linearize=policy), ValueError, "linearize", re.escape(repr(policy)), "'cached', 'rematerialized', 'recomputed'")
+            refused(lambda: make(linearize=policy), ValueError, "linearize", re.escape(repr(policy)), "'cached', 'rematerialized', 'factored', 'recomputed'")
 
 
 @pytest.mark.parametrize("make", [bound, unbound], ids=["bound", "unbound"])

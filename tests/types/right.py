@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from ggn_nb import (
     Diagonal,
     Operator,
+    SquareRoot,
     Stream,
     create_fisher_mv,
     create_ggn_mv,
@@ -13,6 +14,7 @@ from ggn_nb import (
     create_loss,
     register_operator,
     select_params,
+    square_root,
     static_field,
     verify,
 )
@@ -33,6 +35,10 @@ both: Operator = (0.5 * G + H).damped({"w": 1.0})
 shape: tuple[int, int] = both.shape
 dense: jax.Array = F.flat().dense()
 product = both @ params
+root: SquareRoot = square_root(G)
+columns = root.T(params)
+same: SquareRoot = root.T.T
+sizes: tuple[int, int] = root.T.shape
 
 
 @register_operator
