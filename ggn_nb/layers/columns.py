@@ -20,13 +20,22 @@ from ggn_nb.operators.samples import Samples
 from ggn_nb.operators.square_root import loss_columns, times_root, with_root_of_scales
 from ggn_nb.tools.arrays import register_pytree
 
+# %% ../../nbs/layers/03_columns.ipynb #a55a00c1
+class Columns:
+    "What the pairs of a call are made of: (problem, pred, samples) -> columns, signs or None"
+    numbered: ClassVar[bool] = False  # do they need the numbers of the samples?
+    of_head: ClassVar[bool] = False  # is it diag(H), in the place of columns?
+
+
+def _key_of_call(key: jax.Array, samples: Samples) -> jax.Array:
+    "The random key of a call, by the number of its first sample"
+    return jax.random.fold_in(key, samples.index.reshape(-1)[0])
+
 # %% ../../nbs/layers/03_columns.ipynb #a55a0003
 @partial(register_pytree, data_fields=[], meta_fields=[])
 @dataclass(frozen=True)
-class AllColumns:
+class AllColumns(Columns):
     "All columns of the loss's square root"
-    numbered: ClassVar[bool] = False
-    of_head: ClassVar[bool] = False
 
     def __call__(self, problem: Problem, pred: Any, samples: Samples) -> tuple:
         "Columns, and their signs"
@@ -35,10 +44,8 @@ class AllColumns:
 # %% ../../nbs/layers/03_columns.ipynb #a55a0109
 @partial(register_pytree, data_fields=[], meta_fields=[])
 @dataclass(frozen=True)
-class RootColumns:
+class RootColumns(Columns):
     "The columns of A = JᵀS, as `square_root` has them: without signs"
-    numbered: ClassVar[bool] = False
-    of_head: ClassVar[bool] = False
 
     def __call__(self, problem: Problem, pred: Any, samples: Samples) -> tuple:
         "Columns, and None"
@@ -47,16 +54,15 @@ class RootColumns:
 # %% ../../nbs/layers/03_columns.ipynb #a55a0004
 @partial(register_pytree, data_fields=["key"], meta_fields=["number"])
 @dataclass(frozen=True)
-class SignedColumns:
+class SignedColumns(Columns):
     "Sums of all columns of the loss's square root with random signs"
     key: jax.Array
     number: int  # of sums, for each sample
     numbered: ClassVar[bool] = True
-    of_head: ClassVar[bool] = False
 
     def __call__(self, problem: Problem, pred: Any, samples: Samples) -> tuple:
         "Columns S ε"
-        key = jax.random.fold_in(self.key, samples.index.reshape(-1)[0])
+        key = _key_of_call(self.key, samples)
         like = problem.loss.column_structure(pred, samples.target)
         return self.columns(problem, pred, samples, _draw_signs(key, self.number, like)), None
 
@@ -74,16 +80,15 @@ def _draw_signs(key: jax.Array, number: int, like: Any) -> Any:
 # %% ../../nbs/layers/03_columns.ipynb #a55a0005
 @partial(register_pytree, data_fields=["key"], meta_fields=["number"])
 @dataclass(frozen=True)
-class SampledColumns:
+class SampledColumns(Columns):
     "Scores at targets that are drawn from the model"
     key: jax.Array
     number: int  # of targets, for each sample
     numbered: ClassVar[bool] = True
-    of_head: ClassVar[bool] = False
 
     def __call__(self, problem: Problem, pred: Any, samples: Samples) -> tuple:
         "√w g at each target"
-        key = jax.random.fold_in(self.key, samples.index.reshape(-1)[0])
+        key = _key_of_call(self.key, samples)
         loss, weight = with_root_scales(problem.loss), jax.tree.map(root, samples.weight)
         given = {"weight": weight, "mask": loss.counted(pred, samples.target, mask=samples.mask)}
         score = lambda key: loss.gradient(pred, loss.sample(key, pred), **given)
@@ -93,9 +98,8 @@ class SampledColumns:
 # %% ../../nbs/layers/03_columns.ipynb #a55a0006
 @partial(register_pytree, data_fields=[], meta_fields=[])
 @dataclass(frozen=True)
-class HeadColumns:
+class HeadColumns(Columns):
     "The diagonal of the loss's H, in the place of columns"
-    numbered: ClassVar[bool] = False
     of_head: ClassVar[bool] = True
 
     def __call__(self, problem: Problem, pred: Any, samples: Samples) -> tuple:

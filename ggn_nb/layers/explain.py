@@ -6,11 +6,9 @@
 __all__ = ['Explanation', 'explain']
 
 # %% ../../nbs/layers/10_explain.ipynb #25890002
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
-from math import prod
 from typing import Any, NamedTuple
 
 import jax

@@ -6,12 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/layers/21_factored.ipynb #b9020002
-from functools import partial
 from typing import Any
 
 import jax
 
-from ggn_nb.layers.model_pairs import ModelPairs, combine, pairs_of, project
+from ggn_nb.layers.model_pairs import ModelPairs, combine, project
 from ggn_nb.layers.sums import pairs_in_chunks
 from ggn_nb.operators.curvature import Problem
 from ggn_nb.operators.ggn import Way, register_way

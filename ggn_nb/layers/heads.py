@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Var
 from ggn_nb.layers.columns import AllColumns, HeadColumns
 from ggn_nb.layers.model_pairs import ModelPairs, place_weight, read_model
 from ggn_nb.layers.pairs import contract
-from ggn_nb.layers.places import Place, Reading, View, inlined_program, rearranged
+from ggn_nb.layers.places import Place, View, inlined_program, rearranged
 from ggn_nb.losses.closed_form import ClosedFormLoss
 from ggn_nb.operators.curvature import Problem
 from ggn_nb.operators.samples import Samples

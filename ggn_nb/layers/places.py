@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/layers/00_places.ipynb #e8100002
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -206,7 +206,6 @@ def _dense_output(g: jax.Array, eqn: JaxprEqn, position: int) -> jax.Array:
     "What is like the result as (B, T, O)"
     dot = _dot_axes(eqn, position)
     num_kept, num_weight, num_input = len(dot.weight[0]), len(dot.weight[2]), len(dot.input[2])
-    sizes = lambda shape, a, b: prod(shape[a:b])
     end = num_kept + (num_weight if dot.weight_first else num_input)
     parts = g.reshape(prod(g.shape[:num_kept]), prod(g.shape[num_kept:end]), prod(g.shape[end:]))
     return parts.swapaxes(1, 2) if dot.weight_first else parts

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/layers/05_sums.ipynb #30270002
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import ceil
@@ -120,14 +121,14 @@ def sum_over_data(
     name: str = "sum over data",  # what is under way, for those who wait
 ) -> Any:  # as `fn` returns it, in float32 or better
     "Σ fn over all samples of an operator, or over all batches of its stream"
-    is_streamed, traced = isinstance(operator, Streamed), _is_traced(operator)
+    is_streamed = isinstance(operator, Streamed)
+    shown = progress_is_shown() and not _is_traced(operator)
     if not is_streamed: operator, _ = on_this_shard(operator)
-    if traced or not progress_is_shown():
+    task = progress(f"{name}: " + ("batch" if is_streamed else "chunk"))
+    with task if shown else nullcontext():
         if is_streamed: return _sum_stream(operator, fn, columns, whole)
-        return _sum_data(operator, fn, columns, whole, False)
-    with progress(f"{name}: " + ("batch" if is_streamed else "chunk")):
-        if is_streamed: return _sum_stream(operator, fn, columns, whole)
-        return jax.block_until_ready(_sum_data(operator, fn, columns, whole, True))
+        total = _sum_data(operator, fn, columns, whole, shown)
+        return jax.block_until_ready(total) if shown else total
 
 
 def _is_traced(operator: Any) -> bool:

@@ -18,9 +18,9 @@ import ggn_nb.linalg.diagonal
 import ggn_nb.linalg.low_rank
 from .closed_forms import ClosedForms, Solution, closed_forms, refined_solution
 from ..losses.weights import raise_faults
+from ..operators.fisher import check_one_key
 from ..operators.operator import Operator, bytes_of, register_operator
 from ..operators.samples import cast_like, widen
-from ..tools.arrays import is_key
 from ..tools.checks import check_like, check_size
 from ..tools.programs import program
 
@@ -190,16 +190,6 @@ def logdet(M: Operator, damping: Any) -> jax.Array:
     forms = closed_forms(M)
     return _logdet(forms, forms.read_damping(damping))
 
-# %% ../../nbs/linalg/10_functions.ipynb #1fa10015
-def _check_key(key: Any) -> None:
-    "Raise `TypeError` or `ValueError` unless `key` is one random key, of JAX's type or raw"
-    expected = "expected one JAX random key such as jax.random.key(0)"
-    if not isinstance(key, jax.Array | np.ndarray): raise TypeError(f"key: got {key!r}, {expected}")
-    if not is_key(key) and key.dtype != np.uint32:
-        raise TypeError(f"key: got dtype {key.dtype}, {expected}")
-    if key.shape not in ([()] if is_key(key) else [(2,), (4,)]):
-        raise ValueError(f"key: got shape {key.shape} and dtype {key.dtype}, {expected}")
-
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10016
 _BYTES_AT_ONCE = 2**23
 
@@ -251,7 +241,7 @@ def sample(M: Operator, key: Any, damping: Any, num_samples: int | None = None) 
         >>> many.shape, many.std(axis=0).round(1).tolist()
         ((20000, 2), [0.699999988079071, 0.5])
     """
-    _check_key(key)
+    check_one_key(key)
     num_samples = check_size(num_samples, "num_samples")
     forms = closed_forms(M)
     damping = forms.read_damping(damping)

@@ -118,10 +118,18 @@ class _ScoreProducts(_Scores):
         return self.loss.faults(pred, target, weight=weight, mask=mask, reads_target=True)
 
 # %% ../../nbs/operators/22_fisher.ipynb #5fcbd68f
+_ONE_KEY = "expected one JAX random key such as jax.random.key(0)"
+
+
 def check_key(key: Any, needed: str = "kind='monte_carlo'") -> None:
+    "Raise `TypeError` or `ValueError` unless `key` is one random key, which `needed` wants"
+    if key is None: raise ValueError(f"key: got None, {_ONE_KEY}, for {needed}")
+    check_one_key(key)
+
+
+def check_one_key(key: Any) -> None:
     "Raise `TypeError` or `ValueError` unless `key` is one random key, of JAX's type or raw"
-    expected = "expected one JAX random key such as jax.random.key(0)"
-    if key is None: raise ValueError(f"key: got None, {expected}, for {needed}")
+    expected = _ONE_KEY
     if not isinstance(key, jax.Array | np.ndarray): raise TypeError(f"key: got {key!r}, {expected}")
     if not is_key(key) and key.dtype != np.uint32:
         raise TypeError(f"key: got dtype {key.dtype}, {expected}")

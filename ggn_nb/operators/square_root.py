@@ -6,7 +6,6 @@
 __all__ = ['SquareRoot', 'square_root']
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b000001
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from math import prod
