@@ -5,7 +5,16 @@ from importlib.metadata import version
 from ggn_nb.layers.dense_blocks import DenseBlocks
 from ggn_nb.layers.gram import Gram, gram
 from ggn_nb.linalg.closed_forms import Solution
-from ggn_nb.linalg.functions import eigsh, inverse, inverse_sqrt, logdet, sample, solve
+from ggn_nb.linalg.functions import (
+    eigsh,
+    inverse,
+    inverse_sqrt,
+    logdet,
+    sample,
+    solve,
+    solve_many,
+)
+from ggn_nb.linalg.spectral_density import SpectralDensity, spectral_density
 from ggn_nb.losses import (
     ClosedFormLoss,
     CustomLoss,
@@ -101,14 +110,17 @@ __all__ = [
     "gram",
     "Gram",
     "DenseBlocks",
-    # functions of a damped representation
+    # functions of a damped matrix
     "solve",
+    "solve_many",
     "Solution",
     "inverse",
     "inverse_sqrt",
     "logdet",
     "sample",
     "eigsh",
+    "spectral_density",
+    "SpectralDensity",
     # the keywords that creating functions share
     "DataOptions",
     "ProblemOptions",

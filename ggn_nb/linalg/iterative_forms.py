@@ -55,6 +55,8 @@ class ApproximateInverse(Operator):
     def multiply(self, vec: Any) -> Any:
         return cast_like(self.forms.inverse(self.damping, widen(vec)), vec)
 
+    def __repr__(self) -> str: return f"ApproximateInverse({self.shape[0]:,} parameters)"
+
 
 def read_preconditioner(preconditioner: Any, damping: Any, like: Operator) -> Operator | None:
     "An operator on what `like` acts on, or None"

@@ -226,7 +226,7 @@ class Operator(ABC):
         - `ValueError`: no vectors, or another structure or shape.
         - `TypeError`: another dtype.
         """
-        _check_vectors(vecs, self.structure, self.domain)
+        check_vectors(vecs, self.structure, self.domain)
         size = check_size(vector_batch_size, "vector_batch_size") or _vectors_at_once(self)
         return _multiply_groups(self, vecs, size)
 
@@ -403,13 +403,13 @@ def _unit_vectors(structure: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.eye(*structure.shape, dtype=structure.dtype)
 
 
-def _check_vectors(vecs: Any, structure: Any, domain: str) -> None:
+def check_vectors(vecs: Any, structure: Any, domain: str, name: str = "vecs") -> None:
     "Raise unless `vecs` is like `structure`, but for an axis in front"
     found = [v.shape[0] for v in jax.tree.leaves(vecs) if getattr(v, "ndim", 0)]
     if not found or found[0] == 0:
-        raise ValueError("vecs: got no vectors, expected a leading axis of at least one")
+        raise ValueError(f"{name}: got no vectors, expected a leading axis of at least one")
     stacked = lambda leaf: jax.ShapeDtypeStruct((found[0], *leaf.shape), leaf.dtype)
-    check_like(vecs, jax.tree.map(stacked, structure), "vecs", f"{found[0]} vectors like {domain}")
+    check_like(vecs, jax.tree.map(stacked, structure), name, f"{found[0]} vectors like {domain}")
 
 # %% ../../nbs/operators/00_operator.ipynb #93bf30c6
 def ravel(tree: Any, dtype: Any) -> jax.Array:
