@@ -229,7 +229,7 @@ def _push_forward(problem: Problem, linearization: tuple, samples: Samples, vec:
     Jv = with_root_of_scales(problem).scale_heads(jvp(vec))
     return problem.call_loss("square_root_transpose_mv", pred, samples, Jv)
 
-# %% ../../nbs/operators/24_square_root.ipynb #5b00000b
+# %% ../../nbs/operators/24_square_root.ipynb #a890ff02
 class _Rectangular:
     "What a square root and its transpose have in common"
 
@@ -486,6 +486,15 @@ def square_root(G: Operator) -> SquareRoot:
     """
     _check_rooted(G)
     return SquareRoot(with_root(G))
+
+# %% ../../nbs/operators/24_square_root.ipynb #5b00010c
+def transpose_of(A: Any) -> Any:
+    "The transpose of an operator, which is itself, or of a square root; `TypeError` for others"
+    if isinstance(A, Operator): return A
+    if isinstance(A, _Rectangular): return A.T
+    remedy = ", or its bind(data)" if hasattr(A, "bind") else ""
+    raise TypeError(f"A: got {type(A).__name__}, expected an operator, such as create_ggn_mv "
+                    f"returns, or its square root{remedy}")
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b000102
 def num_columns(problem: Problem, pred: Any, samples: Samples) -> int:
