@@ -6,6 +6,9 @@ from ggn_nb.layers.dense_blocks import DenseBlocks
 from ggn_nb.layers.gram import Gram, gram
 from ggn_nb.linalg.closed_forms import Solution
 from ggn_nb.linalg.functions import eigsh, inverse, inverse_sqrt, logdet, sample, solve
+from ggn_nb.linalg.lineax import to_lineax
+from ggn_nb.linalg.matfree import to_matfree
+from ggn_nb.linalg.scipy import to_scipy
 from ggn_nb.losses import (
     ClosedFormLoss,
     CustomLoss,
@@ -109,6 +112,10 @@ __all__ = [
     "logdet",
     "sample",
     "eigsh",
+    # the same matrix in other libraries
+    "to_scipy",
+    "to_lineax",
+    "to_matfree",
     # the keywords that creating functions share
     "DataOptions",
     "ProblemOptions",

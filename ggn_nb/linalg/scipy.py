@@ -12,15 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.sparse.linalg import LinearOperator
 
 from ..operators.operator import Operator
 from ..operators.square_root import SquareRoot, transpose_of
+from ..tools.arrays import working_dtype
+from ..tools.extras import import_extra
 
 # %% ../../nbs/linalg/20_scipy.ipynb #5c100008
 def _dtype_for_scipy(flat: Any) -> np.dtype:
     "float32 or float64: the precision of the vectors, or float32 for half precision"
-    return np.promote_types(jnp.promote_types(flat.structure.dtype, jnp.float32), np.float32)
+    return np.dtype(working_dtype(flat.structure.dtype))
 
 
 def _to_device(x: Any, dtype: Any) -> jax.Array:
@@ -41,7 +42,7 @@ def _products(flat: Any, X: np.ndarray) -> np.ndarray:
     return np.asarray(products).astype(_dtype_for_scipy(flat)).T
 
 # %% ../../nbs/linalg/20_scipy.ipynb #5c10000d
-def to_scipy(A: Operator | SquareRoot) -> LinearOperator:
+def to_scipy(A: Operator | SquareRoot) -> Any:
     """The matrix as a `scipy.sparse.linalg.LinearOperator`, on flat vectors of NumPy.
 
     Arguments:
@@ -69,7 +70,8 @@ def to_scipy(A: Operator | SquareRoot) -> LinearOperator:
         ([1.0, 0.5], 0)
     """
     transpose, flat = transpose_of(A).flat(), A.flat()
-    return LinearOperator(
+    scipy = import_extra("scipy.sparse.linalg", "linalg")
+    return scipy.LinearOperator(
         A.shape, dtype=_dtype_for_scipy(flat),
         matvec=partial(_product, flat), rmatvec=partial(_product, transpose),
         matmat=partial(_products, flat), rmatmat=partial(_products, transpose))
