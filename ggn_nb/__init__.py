@@ -15,6 +15,9 @@ from ggn_nb.linalg.functions import (
     solve_many,
 )
 from ggn_nb.linalg.spectral_density import SpectralDensity, spectral_density
+from ggn_nb.linalg.lineax import to_lineax
+from ggn_nb.linalg.matfree import to_matfree
+from ggn_nb.linalg.scipy import to_scipy
 from ggn_nb.losses import (
     ClosedFormLoss,
     CustomLoss,
@@ -121,6 +124,10 @@ __all__ = [
     "eigsh",
     "spectral_density",
     "SpectralDensity",
+    # the same matrix in other libraries
+    "to_scipy",
+    "to_lineax",
+    "to_matfree",
     # the keywords that creating functions share
     "DataOptions",
     "ProblemOptions",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from .products import FlatProduct, repeat_while
 from ..operators.operator import Operator
 from ..tools.arrays import register_pytree
-from ..tools.extras import optional_module
+from ..tools.extras import import_extra
 
 # %% ../../nbs/linalg/05_conjugate_gradients.ipynb #2e330006
 @partial(register_pytree, data_fields=("multiply", "preconditioner"), meta_fields=())
@@ -105,7 +105,7 @@ def lineax_round(
     system: LinearSystem, b: jax.Array, target: jax.Array, max_steps: jax.Array
 ) -> Correction:
     "A round for one right-hand side, by the conjugate gradients of lineax"
-    lx = optional_module("lineax", "linalg")
+    lx = import_extra("lineax", "linalg")
     size = jnp.where(row_norms(b) > 0, row_norms(b), 1)
     like = jax.ShapeDtypeStruct(b.shape[1:], b.dtype)
     on_vector = lambda fn: lx.FunctionLinearOperator(fn, like, lx.positive_semidefinite_tag)

@@ -18,15 +18,13 @@ import jax.numpy as jnp
 from ..losses.loss import Loss, check_reduction
 from ..losses.weights import raise_faults
 from .curvature import Curvature, Problem, on_samples
-from .models import check_model
+from .models import check_model, check_params
 from .policies import Linearize, check_linearize
 from .samples import Samples, count_samples, read_samples
 from .streamed import Streamed, on_stream
 from .streams import Stream
 from ..tools.arrays import as_array, register_pytree, working_dtype
-from ggn_nb.tools.checks import (
-    check_flag, check_floating, check_like, check_scalar, check_size,
-)
+from ..tools.checks import check_flag, check_like, check_scalar, check_size
 from ..tools.functions import function_as_pytree
 
 # %% ../../nbs/operators/14_creation.ipynb #823d56c2
@@ -84,7 +82,7 @@ def make_problem(
 ) -> Problem:
     "A problem from checked arguments; its arrays are taken over as they are now"
     check_model(model_fn, params)
-    check_floating(params, "params")
+    check_params(params)
     check_scalar(factor, "factor")
     batch_size = check_size(batch_size, "batch_size")
     return Problem(

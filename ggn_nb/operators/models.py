@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import keystr
+
+from ggn_nb.tools.checks import check_floating
 
 # %% ../../nbs/operators/08_models.ipynb #c2e89d9a
 def _takes_both(fn: Any) -> bool:
@@ -75,7 +78,8 @@ def _renamed(names: list[str]) -> list[str]:
     "What to give for arguments of these names; of two, the parameters mostly come first"
     is_input = [name.startswith(("x", "in")) for name in names]
     if len(names) == 2: return ["input", "params"] if is_input[0] else ["params", "input"]
-    others = ["params" if "param" in name else name for name in names]
+    known = {"rng": "None"}  # of Haiku: a model without dropout needs none
+    others = ["params" if "param" in name else known.get(name, name) for name in names]
     return ["input" if yes else other for yes, other in zip(is_input, others, strict=True)]
 
 
@@ -89,15 +93,49 @@ def _how_to_call(fn: Any) -> TypeError:
 
 # %% ../../nbs/operators/08_models.ipynb #1dde1b3f
 _STATE = ("batch_stats", "cache", "intermediates", "perturbations", "spectral_stats")
+_STATE_OF_NNX = ("BatchStat", "Cache", "Intermediate", "RngState")  # classes of variables
 
 
 def _check_collections(params: Any) -> None:
     "Raise `ValueError` where the state of a model of Flax comes with its parameters"
+    _check_variables(params)
     if not (isinstance(params, Mapping) and "params" in params): return
     if state := [name for name in _STATE if jax.tree.leaves(params.get(name))]:
         raise ValueError(f"params: got {state} beside 'params', expected what is differentiated "
                          "alone; write model_fn, params = ggn_nb.select_params(model_fn, "
                          "variables, '^params/'), which holds the rest fixed")
+
+
+def _is_state_of_nnx(leaf: Any) -> bool:
+    "Is it a variable of Flax NNX with arrays that are no parameters?"
+    kind = getattr(leaf, "type", type(leaf))  # earlier versions have it as an attribute
+    classes = kind.__mro__ if isinstance(kind, type) else ()
+    found = [c.__name__ for c in classes if c.__module__.startswith("flax.nnx.")]
+    return any(name in _STATE_OF_NNX for name in found) and bool(jax.tree.leaves(leaf))
+
+
+def _check_variables(params: Any) -> None:
+    "Raise `ValueError` where the state of a model of Flax NNX is among its parameters"
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_state_of_nnx)
+    for path, leaf in leaves:
+        if _is_state_of_nnx(leaf):
+            kind = getattr(leaf, "type", type(leaf)).__name__
+            raise ValueError(f"params{keystr(path)}: got a {kind}, expected what is differentiated "
+                             f"alone; write {_PLAIN_FUNCTION['flax.nnx']}")
+
+# %% ../../nbs/operators/08_models.ipynb #3be00002
+def check_params(params: Any) -> None:
+    "Raise unless all leaves are real floating-point arrays, and say how to part with the others"
+    try: check_floating(params, "params")
+    except TypeError as error: raise TypeError(f"{error}; {_how_to_part(params)}") from None
+
+
+def _how_to_part(params: Any) -> str:
+    "What to write where some leaves are no parameters"
+    library = _library(params)
+    if library in ("equinox", "flax.nnx"): return "write " + _PLAIN_FUNCTION[library]
+    return ("to hold it fixed, write model_fn, params = ggn_nb.select_params(model_fn, params, "
+            "select), with a pattern or predicate for the others")
 
 # %% ../../nbs/operators/08_models.ipynb #fed9fce5
 def check_model(
@@ -115,11 +153,31 @@ def _wraps_another(fn: Any) -> bool:
     "Is `fn`, or what it is a partial call of, a wrapper of another function?"
     return _wraps_another(fn.func) if isinstance(fn, partial) else hasattr(fn, "__wrapped__")
 
+# %% ../../nbs/operators/08_models.ipynb #3be00004
+_EVALUATE = "the model seems to be in training mode; call it as for a prediction, as by "
+_NOTES = {  # class of an error, and words in its message -> what is noted
+    ("ModifyScopeVariableError", ""): _EVALUATE + "use_running_average=True",
+    ("InvalidRngError", ""): _EVALUATE + "deterministic=True",
+    ("NameError", "unbound axis name"): _EVALUATE + "equinox.nn.inference_mode(model)",
+    ("ScopeCollectionNotFound", ""): "give module.apply all collections, such as {'params': "
+                                     "params, 'batch_stats': variables['batch_stats']}",
+    ("TypeError", "'NoneType' object is not callable"): "where params is a model without its "
+        "functions, write equinox.combine(params, static)(input)",
+}
+
+
+def _add_note(error: Exception) -> None:
+    "Add what is known about an error of a library's model"
+    for (kind, words), note in _NOTES.items():
+        fits = type(error).__name__ == kind and words in str(error)
+        if fits and not getattr(error, "__notes__", None): error.add_note(f"model_fn: {note}")
+
 # %% ../../nbs/operators/08_models.ipynb #2bcaed03
 def call_model(model_fn: Callable, input: Any, params: Any) -> Any:
     "The prediction: real floating-point arrays; `TypeError` for anything else"
     try: pred = model_fn(input=input, params=params)
     except Exception as error:
+        _add_note(error)
         if _takes_both(model_fn): raise
         raise _how_to_call(model_fn) from error
     if not jax.tree.leaves(pred): raise _wrong_prediction(type(pred).__name__)

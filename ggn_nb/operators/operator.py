@@ -227,7 +227,7 @@ class Operator(ABC):
         - `TypeError`: another dtype.
         """
         check_vectors(vecs, self.structure, self.domain)
-        size = check_size(vector_batch_size, "vector_batch_size") or _vectors_at_once(self)
+        size = check_size(vector_batch_size, "vector_batch_size") or vectors_at_once(self)
         return _multiply_groups(self, vecs, size)
 
     def flat(self) -> "Flat":
@@ -341,7 +341,7 @@ class Diagonal(Operator):
 _BYTES_AT_ONCE = 2**23
 
 
-def _vectors_at_once(operator: Operator) -> int:
+def vectors_at_once(operator: Operator) -> int:
     "How many vectors together work on 8 MB; at least one"
     return max(1, _BYTES_AT_ONCE // max(1, operator.bytes_per_vector()))
 
@@ -424,6 +424,13 @@ def unravel(vec: jax.Array, structure: Any) -> Any:
     parts = zip(jnp.split(vec, ends), leaves, strict=True)
     return treedef.unflatten([part.reshape(s.shape).astype(s.dtype) for part, s in parts])
 
+def flat_structure(structure: Any) -> jax.ShapeDtypeStruct:
+    "The shape and dtype of the entries of all leaves, one after another"
+    leaves = jax.tree.leaves(structure)
+    dtypes = {leaf.dtype for leaf in leaves}
+    dtype = dtypes.pop() if len(dtypes) == 1 else working_dtype(*dtypes)
+    return jax.ShapeDtypeStruct((sum(prod(leaf.shape) for leaf in leaves),), dtype)
+
 # %% ../../nbs/operators/00_operator.ipynb #83242c0d
 @register_operator
 class Flat(Operator):
@@ -444,10 +451,7 @@ class Flat(Operator):
     def definition(self) -> str: return self.operator.definition
 
     @property
-    def structure(self) -> jax.ShapeDtypeStruct:
-        dtypes = {leaf.dtype for leaf in jax.tree.leaves(self.operator.structure)}
-        dtype = dtypes.pop() if len(dtypes) == 1 else working_dtype(*dtypes)
-        return jax.ShapeDtypeStruct((self.operator.shape[0],), dtype)
+    def structure(self) -> jax.ShapeDtypeStruct: return flat_structure(self.operator.structure)
 
     def multiply(self, vec: jax.Array) -> jax.Array:
         return self._joined(self.operator.multiply(self._split(vec)))

@@ -7,9 +7,9 @@ __all__ = ['SquareRoot', 'square_root']
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b000001
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,13 @@ from .fisher import heads_of
 from .ggn import GGN
 from .hessian import Hessian
 from ggn_nb.operators.operator import (
-    Operator, on_this_shard, ravel, register_operator, scale_tree, structure_of, unravel,
+    Operator, check_vectors, flat_structure, on_this_shard, ravel, register_operator, scale_tree,
+    structure_of, unravel, vectors_at_once,
 )
 from .samples import Samples, count_samples, widen
 from .streamed import Streamed
 from ..tools.arrays import working_dtype
-from ..tools.checks import check_like
+from ..tools.checks import check_like, check_size
 from ..tools.programs import program
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b0000f3
@@ -228,10 +229,47 @@ def _push_forward(problem: Problem, linearization: tuple, samples: Samples, vec:
     Jv = with_root_of_scales(problem).scale_heads(jvp(vec))
     return problem.call_loss("square_root_transpose_mv", pred, samples, Jv)
 
+# %% ../../nbs/operators/24_square_root.ipynb #a890ff02
+class _Rectangular:
+    "What a square root and its transpose have in common"
+
+    structure: Any  # what it takes
+    domain: ClassVar[str] = "A.structure"  # what messages call that
+
+    def __matmul__(self, vec: Any) -> Any: return self(vec)
+
+    def matmat(self, vecs: Any, *, vector_batch_size: int | None = None) -> Any:
+        """The products with K vectors.
+
+        Arguments:
+
+        - `vecs`: a tree like `structure` with one more axis of length K in front of each leaf.
+        - `vector_batch_size`: at most so many are multiplied at once; by default as many as
+          together work on 8 MB, and at least one.
+
+        Returns:
+
+        A tree like a product, with an axis of length K in front of each leaf.
+        """
+        check_vectors(vecs, self.structure, self.domain)
+        size = check_size(vector_batch_size, "vector_batch_size") or vectors_at_once(self)
+        return _apply_to_many(*on_this_shard(self, vecs), size)
+
+    def flat(self) -> "_FlatRectangular":
+        """The same on vectors of length M and P, in the order of `ravel_pytree`."""
+        return _FlatRectangular(self)
+
+
+@partial(program, static_argnums=(2,))
+def _apply_to_many(A: _Rectangular, vecs: Any, size: int) -> Any:
+    return jax.lax.map(A, vecs, batch_size=min(size, jax.tree.leaves(vecs)[0].shape[0]))
+
 # %% ../../nbs/operators/24_square_root.ipynb #5b00000d
 @register_operator
-class SquareRoot:
+class SquareRoot(_Rectangular):
     """A with G = A Aᵀ, of shape (P, M): `A(u)`, `A @ u`, and its transpose: `A.T(v)`, `A.T @ v`.
+
+    Both have `matmat` for many vectors, `flat()` for flat ones, and `dense()`.
 
     Made by `square_root`. A pytree, so it is an argument for compiled functions; what its operator
     has stored is shared.
@@ -276,7 +314,7 @@ class SquareRoot:
         check_like(u, self.structure, "u", "A.structure")
         return _apply(*on_this_shard(self, u))
 
-    def __matmul__(self, u: Any) -> Any: return self(u)
+    def bytes_per_vector(self) -> int: return self.operator.bytes_per_vector()
 
     def dense(self) -> jax.Array:
         """The dense matrix, shape (P, M), rows and columns in the order of `ravel_pytree`."""
@@ -296,10 +334,11 @@ def _size(structure: Any) -> int:
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b00000e
 @register_operator
-class _Transpose:
+class _Transpose(_Rectangular):
     "The transpose of a square root"
 
     root: SquareRoot
+    domain: ClassVar[str] = "params"
 
     @property
     def T(self) -> SquareRoot: return self.root
@@ -315,11 +354,52 @@ class _Transpose:
         check_like(v, self.structure, "v", "params")
         return _apply_transpose(*on_this_shard(self.root, v))
 
-    def __matmul__(self, v: Any) -> Any: return self(v)
+    def bytes_per_vector(self) -> int: return self.root.bytes_per_vector()
 
     def dense(self) -> jax.Array: return self.root.dense().T
 
+    def _in_shard_map(self, axes: frozenset[str]) -> "_Transpose":
+        "The same for one device, in a function that the caller maps over these axes"
+        return self.root._in_shard_map(axes).T
+
     def __repr__(self) -> str: return f"{self.root!r}.T"
+
+# %% ../../nbs/operators/24_square_root.ipynb #5b000108
+@register_operator
+class _FlatRectangular(_Rectangular):
+    "A square root, or its transpose, on flat vectors"
+
+    on_trees: SquareRoot | _Transpose
+
+    @property
+    def T(self) -> "_FlatRectangular": return _FlatRectangular(self.on_trees.T)
+
+    @property
+    def structure(self) -> jax.ShapeDtypeStruct: return flat_structure(self.on_trees.structure)
+
+    @property
+    def shape(self) -> tuple[int, int]: return self.on_trees.shape
+
+    def __call__(self, vec: jax.Array) -> jax.Array:
+        "The product, a flat vector as well"
+        check_like(vec, self.structure, "vec", self.domain)
+        return _apply_flat(*on_this_shard(self, vec))
+
+    def bytes_per_vector(self) -> int: return self.on_trees.bytes_per_vector()
+
+    def dense(self) -> jax.Array: return self.on_trees.dense()
+
+    def _in_shard_map(self, axes: frozenset[str]) -> "_FlatRectangular":
+        "The same for one device, in a function that the caller maps over these axes"
+        return _FlatRectangular(self.on_trees._in_shard_map(axes))
+
+    def __repr__(self) -> str: return f"{self.on_trees!r}.flat()"
+
+
+@program
+def _apply_flat(A: _FlatRectangular, vec: jax.Array) -> jax.Array:
+    product = A.on_trees(unravel(vec, A.on_trees.structure))
+    return ravel(product, A.T.structure.dtype)
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b00000f
 @program
@@ -406,6 +486,15 @@ def square_root(G: Operator) -> SquareRoot:
     """
     _check_rooted(G)
     return SquareRoot(with_root(G))
+
+# %% ../../nbs/operators/24_square_root.ipynb #5b00010c
+def transpose_of(A: Any) -> Any:
+    "The transpose of an operator, which is itself, or of a square root; `TypeError` for others"
+    if isinstance(A, Operator): return A
+    if isinstance(A, _Rectangular): return A.T
+    remedy = ", or its bind(data)" if hasattr(A, "bind") else ""
+    raise TypeError(f"A: got {type(A).__name__}, expected an operator, such as create_ggn_mv "
+                    f"returns, or its square root{remedy}")
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b000102
 def num_columns(problem: Problem, pred: Any, samples: Samples) -> int:

@@ -6,6 +6,7 @@
 __all__ = ['select_params']
 
 # %% ../../nbs/operators/23_subset.ipynb #9f065d55
+import inspect
 import re
 import reprlib
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def _by_pattern(pattern: str | re.Pattern, params: Any) -> list[bool]:
 # %% ../../nbs/operators/23_subset.ipynb #5286c48d
 def _by_predicate(predicate: Callable, params: Any) -> list[bool]:
     "What the predicate says about path and leaf"
+    _check_predicate(predicate)
     leaves = list(zip(_paths(params), jax.tree.leaves(params), strict=True))
     answers = {path: predicate(path, leaf) for path, leaf in leaves}
     for path, answer in answers.items():
@@ -46,6 +48,18 @@ def _by_predicate(predicate: Callable, params: Any) -> list[bool]:
             raise TypeError(f"select: got {reprlib.repr(answer)} from the predicate at {path!r}, "
                             "expected True or False")
     return [bool(answer) for answer in answers.values()]
+
+
+def _check_predicate(predicate: Callable) -> None:
+    "Raise `TypeError` where it says that it does not take two arguments"
+    try: signature = inspect.signature(predicate)
+    except (TypeError, ValueError): return
+    try: signature.bind("path", "leaf")
+    except TypeError:
+        name = getattr(predicate, "__name__", "f")
+        name = name if name.isidentifier() else "f"
+        raise TypeError(f"select: got {name}{signature}, expected a predicate (path, leaf) -> bool;"
+                        f" write lambda path, leaf: {name}(leaf)") from None
 
 # %% ../../nbs/operators/23_subset.ipynb #b4b89469
 def _by_tree(flags: Any, params: Any) -> list[bool]:

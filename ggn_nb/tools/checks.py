@@ -61,7 +61,8 @@ def check_array(
     "Raise `TypeError` unless `x` is one array of real floating-point numbers, and no container"
     if not jax.tree_util.all_leaves([x]):
         expected = "expected a single array of floating-point numbers"
-        raise TypeError(f"{name}: got {type(x).__name__}, {expected}")
+        remedy = "; of a pair (prediction, state), the first alone" if type(x) is tuple else ""
+        raise TypeError(f"{name}: got {type(x).__name__}, {expected}{remedy}")
     _check_dtype(x, name)
 
 # %% ../../nbs/tools/00_checks.ipynb #7c5458eb
