@@ -32,6 +32,7 @@ CONTENTS = [  # of nbs/ and of the site, in reading order: a page of its own, or
     ("operators", "Operators"),
     ("layers", "Layers"),
     ("linalg", "Linear algebra"),
+    ("applications", "Applications"),
     ("timing", "Timing"),
     ("tools", "Tools"),
 ]

@@ -2,6 +2,9 @@
 
 from importlib.metadata import version
 
+from ggn_nb.applications.evidence import log_marginal_likelihood
+from ggn_nb.applications.influence import influence
+from ggn_nb.applications.predictive import predictive_covariance
 from ggn_nb.layers.dense_blocks import DenseBlocks
 from ggn_nb.layers.gram import Gram, gram
 from ggn_nb.linalg.closed_forms import Solution
@@ -128,6 +131,10 @@ __all__ = [
     "to_scipy",
     "to_lineax",
     "to_matfree",
+    # what people come for
+    "predictive_covariance",
+    "log_marginal_likelihood",
+    "influence",
     # the keywords that creating functions share
     "DataOptions",
     "ProblemOptions",

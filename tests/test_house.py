@@ -18,7 +18,7 @@ import jax
 import pytest
 from tools import NBS, ROOT, notebooks
 
-ROOMS = ["tools", "losses", "operators", "layers", "linalg", "demo"]  # from the ground floor up
+ROOMS = ["tools", "losses", "operators", "layers", "linalg", "applications", "demo"]  # from the ground floor up
 OPEN_ROOMS = ["tools", "demo"]  # what their modules export is for whoever imports it from there
 COLUMNS = 100
 
