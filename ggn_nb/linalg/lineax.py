@@ -72,9 +72,10 @@ def to_lineax(A: Operator | SquareRoot) -> Any:
 
         >>> import jax.numpy as jnp, lineax
         >>> from ggn_nb import Diagonal, to_lineax
-        >>> A = to_lineax(Diagonal({"w": jnp.array([1.0, 3.0])}).damped(1.0))
-        >>> x = lineax.linear_solve(A, {"w": jnp.ones(2)}, lineax.CG(rtol=1e-5, atol=1e-5)).value
-        >>> x["w"].round(3).tolist()
+        >>> A, b = Diagonal({"w": jnp.array([1.0, 3.0])}).damped(1.0), {"w": jnp.ones(2)}
+        >>> solver = lineax.GMRES(rtol=1e-5, atol=1e-5)
+        >>> x = lineax.linear_solve(to_lineax(A), b, solver).value
+        >>> [round(number, 3) for number in x["w"].tolist()]
         [0.5, 0.25]
     """
     check_for_compiler(A)

@@ -26,7 +26,7 @@ def _kind(leaf: jax.Array) -> Any:
 
 
 def _as_floats(leaf: jax.Array) -> jax.Array:
-    "Integers and truth values as the bytes that they consist of; floating-point numbers as they are"
+    "Integers and truth values as the bytes that they are made of; other numbers as they are"
     if is_key(leaf): leaf = jax.random.key_data(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.inexact): return leaf
     if leaf.dtype == bool: return leaf.astype(jnp.float16)
@@ -80,7 +80,7 @@ def to_matfree(A: Operator | SquareRoot) -> tuple[Any, tuple[jax.Array, ...]]:
         >>> matvec, params = to_matfree(Diagonal(jnp.array([1.0, 4.0])))
         >>> square_root = funm.dense_funm_sym_eigh(jnp.sqrt)
         >>> times_root = funm.funm_lanczos_sym(square_root, decomp.tridiag_sym(2))
-        >>> times_root(matvec, jnp.ones(2), *params).round(3).tolist()
+        >>> [round(x, 3) for x in times_root(matvec, jnp.ones(2), *params).tolist()]
         [1.0, 2.0]
     """
     check_for_compiler(A)

@@ -66,7 +66,7 @@ def to_scipy(A: Operator | SquareRoot) -> Any:
         >>> from ggn_nb import Diagonal, to_scipy
         >>> A = to_scipy(Diagonal({"w": jnp.array([1.0, 2.0])}))
         >>> x, failed = cg(A, [1.0, 1.0])
-        >>> x.tolist(), failed
+        >>> [round(number, 3) for number in x.tolist()], failed
         ([1.0, 0.5], 0)
     """
     transpose, flat = transpose_of(A).flat(), A.flat()

@@ -69,7 +69,7 @@ OTHER_FORMS = {
     "params first": (params_first, r"got params_first\(params, x\), expected", "lambda input, params: params_first(params, input)"),
     "input first": (input_first, r"got input_first\(x, theta\)", "lambda input, params: input_first(input, params)"),
     "lambda": (lambda p, x: x @ p, r"got <lambda>\(p, x\)", "lambda input, params: f(params, input)"),
-    "key": (lambda params, rng, x: x, r"got <lambda>\(params, rng, x\)", "lambda input, params: f(params, rng, input)"),
+    "key": (lambda params, rng, x: x, r"got <lambda>\(params, rng, x\)", "lambda input, params: f(params, None, input)"),
     "closed over": (lambda input: input @ W, r"got <lambda>\(input\)", "a function of both"),
     "empty partial": (partial(params_first), r"got params_first\(params, x\)", "lambda input, params: params_first(params, input)"),
     "partial": (partial(lambda c, p, x: c * x @ p, 2.0), r"got partial\(p, x\)", "lambda input, params: f(params, input)"),
