@@ -300,9 +300,10 @@ def inverse_sqrt(
 
     Returns:
 
-    An operator R on trees like the parameters, with R R = (M + δI)⁻¹. From closed forms it is not
-    refined: in the direction of an eigenvalue λ its relative error is about the rounding error
-    times √(λ / δ). By products it is Lanczos; NaN where the result still changes after `max_steps`.
+    An operator R on trees like the parameters, with R R = (M + δI)⁻¹. From closed forms it is
+    not refined: in the direction of an eigenvalue λ its relative error is about the rounding
+    error times √(λ / δ). By products it is Lanczos; NaN where the result still changes after
+    `max_steps`.
 
     Raises:
 
@@ -537,15 +538,15 @@ def eigsh(
     - `method`: by products: "lanczos" (default), restarted, with multiple eigenvalues; or "lobpcg",
       of k products at a time, for "LA" and "SA" with 5k < P.
     - `key`: by products: a JAX random key for the start; by default always the same.
-    - `tolerance`: by products: the norm of A u − λ u that is enough, relative to the largest |λ| that
-      is seen. By default 3e-13 in float64, 3e-6 in float32.
+    - `tolerance`: by products: the norm of M u − λ u that is enough, relative to the largest |λ|
+      that is seen. By default 3e-13 in float64, 3e-6 in float32.
     - `max_steps`: by products: at most about so many of them; 10 000 by default. For "lobpcg"
       products with k vectors; 500 by default.
 
     Returns:
 
-    The pair of the eigenvalues, of shape (k,), the most wanted first, and the eigenvectors of length
-    1, a tree like the parameters with a leading axis of length k.
+    The pair of the eigenvalues, of shape (k,), the most wanted first, and the eigenvectors of
+    length 1, a tree like the parameters with a leading axis of length k.
 
     Raises:
 
@@ -593,7 +594,7 @@ def _eigsh_by_products(
     most = forms.max_steps or {"lanczos": 10_000, "lobpcg": 500}[method]
     values, vectors, found = _pairs_by_products(multiply, k, which, method, tolerance, most,
                                                 jnp.asarray(key))
-    raise_faults({f"max_steps: got {most} products, in which not all eigenpairs were found, expected "
-                  "more, or a larger tolerance": ~found})
+    raise_faults({f"max_steps: got {most} products, in which not all eigenpairs were found, "
+                  "expected more, or a larger tolerance": ~found})
     vectors = jnp.where(jnp.reshape(found, (-1, 1)), vectors, jnp.nan)
     return values, jax.vmap(multiply.tree)(vectors)

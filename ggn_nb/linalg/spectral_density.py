@@ -23,7 +23,6 @@ from ..operators.operator import Operator
 from ..tools.arrays import register_pytree
 from ..tools.checks import check_size
 from ..tools.programs import program
-from ..tools.progress import progress, step_of_progress
 
 # %% ../../nbs/linalg/08_spectral_density.ipynb #14ec0006
 def nodes_and_weights(
@@ -57,11 +56,7 @@ def quadrature(
         size = multiply.size * multiply.dtype.itemsize * num_steps
         at_once = min(num_probes, max(1, _BYTES_AT_ONCE // size))
         return _quadrature(multiply, keys, num_steps, at_once)
-    found = []
-    with progress("quadrature", num_probes):
-        for own in keys:
-            found.append(nodes_and_weights(multiply, own, num_steps))
-            step_of_progress()
+    found = [nodes_and_weights(multiply, own, num_steps) for own in keys]
     return jax.tree.map(lambda *each: jnp.stack(each), *found)
 
 # %% ../../nbs/linalg/08_spectral_density.ipynb #14ec0008
@@ -202,7 +197,8 @@ def spectral_density(
         >>> found.cumulative(jnp.array([-1.0, 1.0, 6.0])).value.round(3).tolist()
         [0.0, 3.0, 4.0]
     """
-    if not isinstance(A, Operator): raise TypeError(f"A: got {type(A).__name__}, expected an Operator")
+    if not isinstance(A, Operator):
+        raise TypeError(f"A: got {type(A).__name__}, expected an Operator")
     check_one_key(key)
     number, steps = check_probes(num_probes, 10), check_size(num_steps, "num_steps") or 50
     multiply = FlatProduct(linearized_once(A))
