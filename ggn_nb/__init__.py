@@ -5,6 +5,7 @@ from importlib.metadata import version
 from ggn_nb.layers.dense_blocks import DenseBlocks
 from ggn_nb.layers.gram import Gram, gram
 from ggn_nb.linalg.closed_forms import Solution
+from ggn_nb.linalg.frobenius_norm import frobenius_norm
 from ggn_nb.linalg.functions import (
     eigsh,
     inverse,
@@ -121,6 +122,7 @@ __all__ = [
     "eigsh",
     "spectral_density",
     "SpectralDensity",
+    "frobenius_norm",
     # the keywords that creating functions share
     "DataOptions",
     "ProblemOptions",

@@ -18,12 +18,14 @@ import ggn_nb.linalg.diagonal
 import ggn_nb.linalg.low_rank
 from ..layers.diagonal import Estimate
 from ..layers.gram import Gram
+from ..layers.probes import mean_and_error
 from .closed_forms import ClosedForms, MatrixForms, Solution, closed_forms
+from .frobenius_norm import check_probes
 from .iterative_forms import IterativeForms, iterative_forms, split_damping
 from .lanczos import Which, lanczos_eigenpairs
 from .lobpcg import lobpcg_eigenpairs
 from .products import FlatProduct
-from .spectral_density import check_probes, mean_and_error, quadrature, traces
+from .spectral_density import quadrature, traces
 from ..losses.weights import raise_faults
 from ..operators.fisher import check_key, check_one_key
 from ..operators.operator import Operator, check_vectors, register_operator
@@ -178,9 +180,9 @@ def solve_many(
         >>> model = lambda input, params: input @ params
         >>> data = {"input": jnp.array([[2.0, 0.0]]), "target": None}
         >>> G = create_ggn_mv(model, jnp.zeros(2), data, "none")  # diag(4, 0)
-        >>> solve_many(G, jnp.array([[5.0, 1.0], [0.0, 1.0], [5.0, 2.0]]), damping=1.0).x.round(4)
+        >>> solve_many(G, jnp.array([[5.0, 1.0], [10.0, 1.0], [5.0, 2.0]]), damping=1.0).x.round(4)
         Array([[1., 1.],
-               [0., 1.],
+               [2., 1.],
                [1., 2.]], dtype=float32)
     """
     forms = _forms(M, damping, preconditioner=preconditioner, tolerance=tolerance,
@@ -332,7 +334,7 @@ def _estimated_logdet(
     "By stochastic Lanczos quadrature"
     multiply, shift = split_damping(forms.operator, damping)
     nodes, weights = quadrature(multiply, key, num_probes, num_steps)
-    estimate = mean_and_error(traces(nodes, weights, lambda x: jnp.log(shift(x))))
+    estimate = Estimate(*mean_and_error(traces(nodes, weights, lambda x: jnp.log(shift(x)))))
     raise_faults({_INDEFINITE: jnp.isnan(estimate.value)})
     return estimate
 
@@ -382,7 +384,7 @@ def logdet(
     forms = iterative_forms(M)
     damping = forms.read_damping(damping)
     check_key(key, f"a log determinant by the products of a {type(M).__name__}")
-    probes, steps = check_probes(num_probes, 10), check_size(num_steps, "num_steps") or 50
+    probes, steps = check_probes(num_probes), check_size(num_steps, "num_steps") or 50
     return _estimated_logdet(forms, damping, jnp.asarray(key), probes, steps)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10016
