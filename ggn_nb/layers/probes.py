@@ -47,5 +47,7 @@ def xtrace(A: Operator, key: jax.Array, num: int) -> tuple[jax.Array, jax.Array]
     like = jnp.zeros(flat.structure.shape, working_dtype(flat.structure.dtype))
     multiply = lambda v: flat(v.astype(flat.structure.dtype)).astype(v.dtype)
     sampler = stochtrace.sampler_normal(like, num=num)
-    integrand = stochtrace.leave_one_out_xtrace()
-    return stochtrace.estimator_leave_one_out_mean_and_sem(integrand, sampler)(multiply, key)
+    estimate = stochtrace.estimator_leave_one_out_mean_and_sem(
+        stochtrace.leave_one_out_xtrace(), sampler)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # matfree does
+        return estimate(multiply, key)
