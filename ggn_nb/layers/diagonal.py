@@ -247,6 +247,9 @@ def diagonal(
 ProbeEstimator = Literal["hutchinson", "xtrace"]
 
 
+_TRACE_ESTIMATORS = (*get_args(Estimator), *get_args(ProbeEstimator))
+
+
 def _by_probes(A: Any, estimator: ProbeEstimator, key: Any, num_probes: Any) -> Estimate:
     "The trace of any operator"
     if not isinstance(A, Operator):
@@ -280,8 +283,8 @@ def trace(
       operator offers, as a `Hessian`: "hutchinson"; or "xtrace", which is better where a few
       eigenvalues make most of the matrix.
     - `key`: as for `diagonal`.
-    - `num_probes`: as for `diagonal`; for the last two at least 2, and 10 by default. "xtrace" takes
-      twice as many products.
+    - `num_probes`: as for `diagonal`; for the last two at least 2, and 10 by default. "xtrace"
+      takes twice as many products.
 
     Returns:
 
@@ -301,6 +304,9 @@ def trace(
         >>> round(float(trace(create_ggn_mv(model, jnp.zeros(2), data, "mse"))), 3)
         60.0
     """
+    if estimator not in _TRACE_ESTIMATORS:
+        expected = " or ".join(map(repr, _TRACE_ESTIMATORS))
+        raise ValueError(f"estimator: got {estimator!r}, expected {expected}")
     if estimator in get_args(ProbeEstimator): return _by_probes(G, estimator, key, num_probes)
     if (found := _known(G, estimator)) is not None:
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))
