@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/layers/12_probes.ipynb #c8010002
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import ggn_nb.linalg.block_diagonal  # these register their closed forms
 import ggn_nb.linalg.diagonal

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..layers.diagonal import Estimate
 from ..layers.probes import mean_and_error
