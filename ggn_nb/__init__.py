@@ -8,6 +8,7 @@ from ggn_nb.applications.predictive import predictive_covariance
 from ggn_nb.layers.dense_blocks import DenseBlocks
 from ggn_nb.layers.gram import Gram, gram
 from ggn_nb.linalg.closed_forms import Solution
+from ggn_nb.linalg.frobenius_norm import frobenius_norm
 from ggn_nb.linalg.functions import (
     eigsh,
     inverse,
@@ -127,6 +128,7 @@ __all__ = [
     "eigsh",
     "spectral_density",
     "SpectralDensity",
+    "frobenius_norm",
     # the same matrix in other libraries
     "to_scipy",
     "to_lineax",

@@ -17,6 +17,7 @@ from ggn_nb.layers.columns import AllColumns, SampledColumns, SignedColumns
 from ggn_nb.layers.heads import head_squares
 from ggn_nb.layers.model_pairs import ModelPairs, norms, squares
 from ggn_nb.layers.pairs import contract
+from ggn_nb.layers.probes import hutchinson_trace, xtrace
 from ggn_nb.layers.sums import check_is_ggn, sum_over_data
 from ggn_nb.losses.loss import Loss
 from ggn_nb.operators.fisher import check_key, heads_of, threefry_key
@@ -242,24 +243,48 @@ def diagonal(
     if isinstance(found, Estimate): return Estimate(*(_as_tree(f, G.structure) for f in found))
     return _as_tree(found, G.structure)
 
+# %% ../../nbs/layers/20_diagonal.ipynb #3a060b02
+ProbeEstimator = Literal["hutchinson", "xtrace"]
+
+
+_TRACE_ESTIMATORS = (*get_args(Estimator), *get_args(ProbeEstimator))
+
+
+def _by_probes(A: Any, estimator: ProbeEstimator, key: Any, num_probes: Any) -> Estimate:
+    "The trace of any operator"
+    if not isinstance(A, Operator):
+        raise TypeError(f"G: got {type(A).__name__}, expected an Operator")
+    check_key(key, f"estimator={estimator!r}")
+    number, most = check_size(num_probes, "num_probes") or min(10, A.shape[0]), A.shape[0]
+    if number < 2 or (estimator == "xtrace" and number > most):
+        raise ValueError(f"num_probes: got {number}, expected at least 2, and for 'xtrace' at most "
+                         f"the size of the matrix, {most}")
+    if estimator == "hutchinson": return Estimate(*hutchinson_trace(A, jnp.asarray(key), number))
+    if not A.traceable:
+        raise ValueError("estimator: got 'xtrace', expected 'hutchinson' for what is on a stream")
+    return Estimate(*xtrace(A, jnp.asarray(key), number))
+
 # %% ../../nbs/layers/20_diagonal.ipynb #3a06000a
 def trace(
     G: Operator,
-    estimator: Estimator = "exact",
+    estimator: Estimator | ProbeEstimator = "exact",
     *,
     key: jax.Array | None = None,
     num_probes: int | None = None,
 ) -> Any:
-    """The trace of a Gauss-Newton or Fisher matrix, exact or estimated without bias.
+    """The trace of an operator, exact or estimated without bias.
 
     tr(G) = factor · Σᵢ Σ_c ‖Jᵢᵀ sᵢ_c‖²; of a dense layer ‖a‖² ‖g‖², without an array of its shape.
 
     Arguments:
 
-    - `G`: as for `diagonal`.
-    - `estimator`: as for `diagonal`.
+    - `G`: as for `diagonal`; for the last two estimators any operator.
+    - `estimator`: as for `diagonal`. Or by products with random vectors, where that is all that an
+      operator offers, as a `Hessian`: "hutchinson"; or "xtrace", which is better where a few
+      eigenvalues make most of the matrix.
     - `key`: as for `diagonal`.
-    - `num_probes`: as for `diagonal`.
+    - `num_probes`: as for `diagonal`; for the last two at least 2, and 10 by default. "xtrace"
+      takes twice as many products.
 
     Returns:
 
@@ -267,7 +292,8 @@ def trace(
 
     Raises:
 
-    - `TypeError`, `ValueError`: as for `diagonal`.
+    - `TypeError`, `ValueError`: as for `diagonal`; "xtrace" on a stream.
+    - `ImportError`: matfree is not installed, for "xtrace": `pip install ggn_nb[linalg]`.
 
     Example:
 
@@ -278,6 +304,10 @@ def trace(
         >>> round(float(trace(create_ggn_mv(model, jnp.zeros(2), data, "mse"))), 3)
         60.0
     """
+    if estimator not in _TRACE_ESTIMATORS:
+        expected = " or ".join(map(repr, _TRACE_ESTIMATORS))
+        raise ValueError(f"estimator: got {estimator!r}, expected {expected}")
+    if estimator in get_args(ProbeEstimator): return _by_probes(G, estimator, key, num_probes)
     if (found := _known(G, estimator)) is not None:
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))
     columns = _columns(G, estimator, key, num_probes)

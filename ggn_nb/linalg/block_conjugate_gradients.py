@@ -37,7 +37,7 @@ def _inverse(p: jax.Array, q: jax.Array, eps: float) -> _Inverse:
     values, U = jnp.linalg.eigh((products + products.T) / 2)
     noise = 10 * eps * jnp.max(row_norms(q)).astype(values.dtype)
     inverses = jnp.where(values > noise, 1 / jnp.where(values > noise, values, 1), 0)
-    matrix = ((U * inverses) @ U.T).astype(p.dtype)
+    matrix = ((U * inverses[None]) @ U.T).astype(p.dtype)
     return _Inverse(matrix, jnp.any(values < -noise), jnp.any(values > noise))
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d000b

@@ -9,7 +9,7 @@ __all__ = []
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def solve_in_rounds(
     def wanted(found):
         return found.goes_on & jnp.any(row_norms(found.r) > target) & (found.steps < max_steps)
     def step(found):
-        reach = jnp.maximum(target, system.multiply.eps * row_norms(found.r))
+        reach = jnp.maximum(target, system.multiply.eps**0.75 * row_norms(found.r))
         new = one_round(system, found.r, reach, max_steps - found.steps)
         return _corrected(system, b, found, new, target)
     start = Found(jnp.zeros_like(b), b, jnp.array(0), jnp.array(False), jnp.array(True))
@@ -116,4 +116,5 @@ def lineax_round(
     options = {} if system.preconditioner is None else {"preconditioner": C}
     solution = lx.linear_solve(A, (b / size[:, None])[0], solver, options=options, throw=False)
     x = solution.value[None] * size[:, None] * jnp.asarray(_UNIT, b.dtype)
-    return Correction(x, solution.stats["num_steps"], jnp.array(False))
+    steps = jnp.asarray(solution.stats["num_steps"], jnp.asarray(max_steps).dtype)
+    return Correction(x, steps, jnp.array(False))

@@ -11,19 +11,20 @@ from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import ggn_nb.linalg.block_diagonal  # these register their closed forms
 import ggn_nb.linalg.diagonal
 import ggn_nb.linalg.low_rank
 from ..layers.diagonal import Estimate
 from ..layers.gram import Gram
+from ..layers.probes import mean_and_error
 from .closed_forms import ClosedForms, MatrixForms, Solution, closed_forms
+from .frobenius_norm import check_probes
 from .iterative_forms import IterativeForms, iterative_forms, split_damping
 from .lanczos import Which, lanczos_eigenpairs
 from .lobpcg import lobpcg_eigenpairs
 from .products import FlatProduct
-from .spectral_density import check_probes, mean_and_error, quadrature, traces
+from .spectral_density import quadrature, traces
 from ..losses.weights import raise_faults
 from ..operators.fisher import check_key, check_one_key
 from ..operators.operator import Operator, check_vectors, register_operator
@@ -178,9 +179,9 @@ def solve_many(
         >>> model = lambda input, params: input @ params
         >>> data = {"input": jnp.array([[2.0, 0.0]]), "target": None}
         >>> G = create_ggn_mv(model, jnp.zeros(2), data, "none")  # diag(4, 0)
-        >>> solve_many(G, jnp.array([[5.0, 1.0], [0.0, 1.0], [5.0, 2.0]]), damping=1.0).x.round(4)
+        >>> solve_many(G, jnp.array([[5.0, 1.0], [10.0, 1.0], [5.0, 2.0]]), damping=1.0).x.round(4)
         Array([[1., 1.],
-               [0., 1.],
+               [2., 1.],
                [1., 2.]], dtype=float32)
     """
     forms = _forms(M, damping, preconditioner=preconditioner, tolerance=tolerance,
@@ -300,9 +301,10 @@ def inverse_sqrt(
 
     Returns:
 
-    An operator R on trees like the parameters, with R R = (M + δI)⁻¹. From closed forms it is not
-    refined: in the direction of an eigenvalue λ its relative error is about the rounding error
-    times √(λ / δ). By products it is Lanczos; NaN where the result still changes after `max_steps`.
+    An operator R on trees like the parameters, with R R = (M + δI)⁻¹. From closed forms it is
+    not refined: in the direction of an eigenvalue λ its relative error is about the rounding
+    error times √(λ / δ). By products it is Lanczos; NaN where the result still changes after
+    `max_steps`.
 
     Raises:
 
@@ -331,7 +333,7 @@ def _estimated_logdet(
     "By stochastic Lanczos quadrature"
     multiply, shift = split_damping(forms.operator, damping)
     nodes, weights = quadrature(multiply, key, num_probes, num_steps)
-    estimate = mean_and_error(traces(nodes, weights, lambda x: jnp.log(shift(x))))
+    estimate = Estimate(*mean_and_error(traces(nodes, weights, lambda x: jnp.log(shift(x)))))
     raise_faults({_INDEFINITE: jnp.isnan(estimate.value)})
     return estimate
 
@@ -381,7 +383,7 @@ def logdet(
     forms = iterative_forms(M)
     damping = forms.read_damping(damping)
     check_key(key, f"a log determinant by the products of a {type(M).__name__}")
-    probes, steps = check_probes(num_probes, 10), check_size(num_steps, "num_steps") or 50
+    probes, steps = check_probes(num_probes), check_size(num_steps, "num_steps") or 50
     return _estimated_logdet(forms, damping, jnp.asarray(key), probes, steps)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10016
@@ -537,15 +539,15 @@ def eigsh(
     - `method`: by products: "lanczos" (default), restarted, with multiple eigenvalues; or "lobpcg",
       of k products at a time, for "LA" and "SA" with 5k < P.
     - `key`: by products: a JAX random key for the start; by default always the same.
-    - `tolerance`: by products: the norm of A u − λ u that is enough, relative to the largest |λ| that
-      is seen. By default 3e-13 in float64, 3e-6 in float32.
+    - `tolerance`: by products: the norm of M u − λ u that is enough, relative to the largest |λ|
+      that is seen. By default 3e-13 in float64, 3e-6 in float32.
     - `max_steps`: by products: at most about so many of them; 10 000 by default. For "lobpcg"
       products with k vectors; 500 by default.
 
     Returns:
 
-    The pair of the eigenvalues, of shape (k,), the most wanted first, and the eigenvectors of length
-    1, a tree like the parameters with a leading axis of length k.
+    The pair of the eigenvalues, of shape (k,), the most wanted first, and the eigenvectors of
+    length 1, a tree like the parameters with a leading axis of length k.
 
     Raises:
 
@@ -593,7 +595,7 @@ def _eigsh_by_products(
     most = forms.max_steps or {"lanczos": 10_000, "lobpcg": 500}[method]
     values, vectors, found = _pairs_by_products(multiply, k, which, method, tolerance, most,
                                                 jnp.asarray(key))
-    raise_faults({f"max_steps: got {most} products, in which not all eigenpairs were found, expected "
-                  "more, or a larger tolerance": ~found})
+    raise_faults({f"max_steps: got {most} products, in which not all eigenpairs were found, "
+                  "expected more, or a larger tolerance": ~found})
     vectors = jnp.where(jnp.reshape(found, (-1, 1)), vectors, jnp.nan)
     return values, jax.vmap(multiply.tree)(vectors)

@@ -62,7 +62,8 @@ def read_preconditioner(preconditioner: Any, damping: Any, like: Operator) -> Op
     "An operator on what `like` acts on, or None"
     if preconditioner is None: return None
     if not isinstance(preconditioner, Operator):
-        raise TypeError(f"preconditioner: got {type(preconditioner).__name__}, expected an Operator")
+        kind = type(preconditioner).__name__
+        raise TypeError(f"preconditioner: got {kind}, expected an Operator")
     if isinstance(preconditioner, BlockDiagonal): preconditioner = preconditioner.dense_blocks()
     if (forms := closed_forms(preconditioner)) is not None:
         preconditioner = ApproximateInverse(forms, forms.read_damping(damping))

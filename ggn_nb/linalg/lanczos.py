@@ -78,7 +78,9 @@ def _extended(
 _extended_in_program = program(_extended)
 
 
-def extended(multiply: FlatProduct, basis: Basis, start: Any, stop: Any, key: jax.Array) -> Basis:
+def extended(
+    multiply: FlatProduct, basis: Basis, start: Any, stop: Any, key: jax.Array
+) -> Basis:
     "The same; one program where the operator can be in one"
     extend = _extended_in_program if multiply.operator.traceable else _extended
     return extend(multiply, basis, jnp.asarray(start), jnp.asarray(stop), key)
@@ -97,15 +99,15 @@ def _order(values: Any, which: Which, xp: Any) -> Any:
     return xp.argsort({"LA": -values, "SA": values, "LM": -abs(values)}[which])
 
 
-def _sorted_eigh(matrix: jax.Array, which: Which) -> tuple[Any, Any]:
-    "Eigenpairs of a small matrix, the most wanted first, in float64 where there is"
+def _sorted_eigh(matrix: jax.Array, which: Which) -> tuple[jax.Array, jax.Array]:
+    "Eigenpairs of a small matrix, the most wanted first, computed in float64 where there is"
     if is_traced(matrix):
         values, vectors = jnp.linalg.eigh(matrix.astype(jnp.result_type(float, matrix.dtype)))
         order = _order(values, which, jnp)
     else:
         values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
         order = _order(values, which, np)
-    return values[order], vectors[:, order]
+    return jnp.asarray(values[order], matrix.dtype), jnp.asarray(vectors[:, order], matrix.dtype)
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e1000e
 class Search(NamedTuple):
@@ -125,15 +127,15 @@ def _restarted(
     key: jax.Array,
 ) -> tuple[Basis, jax.Array]:  # and how many of its vectors are kept
     "With the best Ritz vectors, and the last vector; with the k wanted and a random one"
-    size, dtype = len(values), basis.vectors.dtype
+    size = len(values)
     kept = jnp.where(converged, k, keep)
     is_kept = jnp.arange(size) < kept
-    ritz = jnp.matmul(vectors.T.astype(dtype), basis.vectors[:-1], precision="highest")
+    ritz = jnp.matmul(vectors.T, basis.vectors[:-1], precision="highest")
     rows = jnp.where(is_kept[:, None], ritz, 0)
     unknown = lambda: random_unit(rows, key)
     following = jax.lax.cond(converged, unknown, lambda: basis.vectors[-1])
     padded = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])
-    matrix = jnp.diag(jnp.where(is_kept, values, 0).astype(dtype))
+    matrix = jnp.diag(jnp.where(is_kept, values, 0))
     return Basis(padded.at[kept].set(following), matrix, basis.rest), kept
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e1000f
@@ -152,13 +154,12 @@ def lanczos_eigenpairs(
         own = jax.random.fold_in(key, s.steps)
         basis = extended(multiply, s.basis, s.start, size, own)
         values, vectors = _sorted_eigh(small_matrix(basis), which)
-        scale = jnp.maximum(abs(values).max(), jnp.finfo(basis.vectors.dtype).tiny)
-        errors = basis.rest * jnp.asarray(abs(vectors[-1, :k]) / scale, basis.rest.dtype)
+        scale = jnp.maximum(jnp.max(jnp.abs(values)), jnp.finfo(values.dtype).tiny)
+        errors = basis.rest * jnp.abs(vectors[-1, :k]) / scale
         converged = jnp.all(errors <= tolerance) | is_all
-        same = jnp.all(abs(values[:k] - s.seen) <= 10 * tolerance * scale)
-        wanted = jnp.asarray(values[:k], basis.rest.dtype)
-        basis, start = _restarted(basis, jnp.asarray(values), jnp.asarray(vectors), converged, k,
-                                  keep, own)
+        wanted = values[:k]
+        same = jnp.all(jnp.abs(wanted - s.seen) <= 10 * tolerance * scale)
+        basis, start = _restarted(basis, values, vectors, converged, k, keep, own)
         steps = s.steps + size - s.start
         return Search(basis, start, wanted, errors, jnp.where(converged, wanted, s.seen), steps,
                       (converged & same) | is_all)

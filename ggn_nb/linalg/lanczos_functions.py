@@ -47,8 +47,9 @@ def matrix_function(
     "f(A) vec, in a basis that grows"
     size = min(multiply.size, max_steps)
     norm = jnp.linalg.norm(vec)
-    first = jnp.where(norm > 0, vec / jnp.where(norm > 0, norm, 1), jnp.zeros_like(vec).at[0].set(1))
-    key = jax.random.key(0)  # for vectors that take over in an invariant subspace; f(A) v has no part there
+    unit = jnp.zeros_like(vec).at[0].set(1)
+    first = jnp.where(norm > 0, vec / jnp.where(norm > 0, norm, 1), unit)
+    key = jax.random.key(0)  # for vectors beside an invariant subspace, where f(A) v has no part
     def step(s):
         known = jnp.minimum(s.known + _STEPS_BETWEEN, size)
         basis = extended(multiply, s.basis, s.known, known, key)

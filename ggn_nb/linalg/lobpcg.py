@@ -28,5 +28,5 @@ def lobpcg_eigenpairs(
     product = lambda X: sign * multiply.many(X.T).T
     start = jax.random.normal(key, (multiply.size, k), multiply.dtype)
     values, U, _ = lobpcg_standard(product, start, max_steps, tolerance)
-    residuals = jnp.linalg.norm(product(U) - U * values, axis=0)
+    residuals = jnp.linalg.norm(product(U) - U * values[None], axis=0)
     return sign * values, U.T, residuals / jnp.max(jnp.abs(values))

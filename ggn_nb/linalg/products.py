@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ..operators.curvature import Curvature
 from ..operators.operator import Operator, ravel, unravel
 from ..tools.arrays import register_pytree, working_dtype
-from ..tools.progress import progress, step_of_progress
+from ..tools.progress import progress, progress_is_shown, step_of_progress
 
 # %% ../../nbs/linalg/04_products.ipynb #d7f50006
 def flat_damping(damping: Any, structure: Any, dtype: Any) -> jax.Array:
@@ -91,10 +91,11 @@ def repeat_while(
 ) -> Any:  # the last state
     "Take steps while they are wanted"
     if in_program: return jax.lax.while_loop(wanted, step, state)
-    with progress(name) if name else nullcontext():
+    is_shown = name is not None and progress_is_shown()
+    with progress(name) if is_shown else nullcontext():
         while wanted(state):
             state = step(state)
-            if name: step_of_progress()
+            if is_shown: step_of_progress()
     return state
 
 

@@ -359,7 +359,7 @@ def test_errors():
             ((G,), {"key": key}, ValueError, "key: got a key"),
             ((G,), {"num_probes": 2}, ValueError, "num_probes: got 2"),
             ((G, "signs"), {"key": key, "num_probes": 0}, ValueError, "num_probes"),
-            ((G, "hutchinson"), {"key": key}, ValueError, "estimator: got 'hutchinson'"),
+            ((G, "guess"), {"key": key}, ValueError, "estimator: got 'guess'"),
             ((create_ggn_mv(mlp, MLP, data_for(), coupled), "monte_carlo"), {"key": key}, ValueError, "monte_carlo"),
             ((create_ggn_mv(mlp, MLP, data_for(), indefinite), "signs"), {"key": key}, ValueError, "indefinite"),
             ((create_hessian_mv(mlp, MLP, data, "cross_entropy"),), {}, TypeError, "Hessian"),

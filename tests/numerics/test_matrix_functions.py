@@ -335,12 +335,25 @@ def test_gram_of_a_fisher():
 # Refusals
 
 
-def test_other_operators_are_refused_by_name():
-    M, _ = case("diagonal")
-    G = operator_with_root(np.ones((P, 2)))
-    for operator, name in ((G, "GGN"), (M.damped(1.0), "Damped"), (2.0 * M, "Scaled"), (np.eye(2), "ndarray")):
-        with pytest.raises(TypeError, match=f"M: got {name}, expected .*: DenseBlocks, Diagonal, Gram"):
-            logdet(operator, 1.0)
+def test_what_a_closed_form_does_not_take_is_refused_by_name(pair):
+    M, _ = pair
+    b = tree(np.ones(P))
+    refused = {
+        "tolerance": lambda: solve(M, b, 1.0, tolerance=1e-3),
+        "preconditioner": lambda: inverse(M, 1.0, preconditioner=Diagonal(b)),
+        "max_steps": lambda: inverse_sqrt(M, 1.0, max_steps=3),
+        "key": lambda: logdet(M, 1.0, key=jax.random.key(0)),
+        "method": lambda: eigsh(M, 1, method="lanczos"),
+    }
+    for name, call in refused.items():
+        with pytest.raises(ValueError, match=f"{name}: got .*, expected None: .* has a closed form"):
+            call()
+
+
+def test_what_is_no_operator_is_refused_by_name():
+    for call in (lambda M: logdet(M, 1.0), lambda M: solve(M, np.ones(2), 1.0), lambda M: eigsh(M, 1)):
+        with pytest.raises(TypeError, match="M: got ndarray, expected an Operator"):
+            call(np.eye(2))
 
 
 def test_no_gram_of_a_hessian():

@@ -1,0 +1,405 @@
+"""Linear algebra by products, against dense matrices in float64 from NumPy."""
+
+import sys
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ggn_nb import (
+    Diagonal,
+    Operator,
+    Stream,
+    block_diagonal,
+    create_fisher_mv,
+    create_ggn_mv,
+    create_hessian_mv,
+    diagonal,
+    eigsh,
+    frobenius_norm,
+    gram,
+    inverse,
+    inverse_sqrt,
+    logdet,
+    register_operator,
+    sample,
+    solve,
+    solve_many,
+    spectral_density,
+    trace,
+)
+from ggn_nb.linalg.block_conjugate_gradients import orthonormal_rows
+from ggn_nb.tools.testing import assert_close
+from ggn_nb.tools.timing import count_compiles
+from jax import random
+from jax.flatten_util import ravel_pytree
+
+pytest.importorskip("lineax", reason="of the extra `linalg`")
+pytest.importorskip("matfree", reason="of the extra `linalg`")
+
+N = 12
+
+
+def model(input, params):
+    return jnp.tanh(input @ params["w"]) @ params["v"] + params["b"]
+
+
+@cache
+def problem(dtype="float64"):
+    rng = np.random.default_rng(0)
+    params = {
+        "w": rng.normal(size=(4, 2)),
+        "v": rng.normal(size=(2, 3)) / 2,
+        "b": np.zeros(3),
+        "c": rng.normal(size=6),
+    }
+    params = jax.tree.map(lambda p: jnp.asarray(p, dtype), params)
+    data = {"input": jnp.asarray(rng.normal(size=(N, 4)), dtype), "target": jnp.arange(N) % 3}
+    return params, data
+
+
+def with_spare(input, params):
+    """The model, and parameters that hardly matter: the matrix has small eigenvalues."""
+    return model(input, params) + 1e-2 * jnp.sum(params["c"] * input[0])
+
+
+def flat(tree):
+    return np.asarray(ravel_pytree(tree)[0], np.float64)
+
+
+@cache
+def operator(name):
+    params, data = problem()
+    create = lambda maker, **options: maker(with_spare, params, data, "cross_entropy", **options)
+    G = create(create_ggn_mv)
+    D = Diagonal(jax.tree.map(lambda p: 1 + p**2, params))
+    return {
+        "ggn": lambda: G,
+        "in batches": lambda: create(create_ggn_mv, batch_size=5),
+        "fisher": lambda: create(create_fisher_mv, kind="monte_carlo", key=random.key(0)),
+        "multiple": lambda: 2.0 * G,
+        "sum": lambda: G + D,
+        "damped": lambda: G.damped(1.0),
+        "blocks": lambda: block_diagonal(G, "layer"),
+        "hessian": lambda: create(create_hessian_mv),
+        "stream": lambda: create_ggn_mv(with_spare, params, Stream([data]), "cross_entropy"),
+    }[name]()
+
+
+@cache
+def dense(name):
+    return np.asarray(operator("ggn" if name == "stream" else name).dense(), np.float64)
+
+
+def right(num=None):
+    rng, (params, _) = np.random.default_rng(1), problem()
+    shape = () if num is None else (num,)
+    return jax.tree.map(lambda p: jnp.asarray(rng.normal(size=shape + p.shape)), params)
+
+
+def rows(trees):
+    return np.asarray(jax.vmap(lambda t: ravel_pytree(t)[0])(trees), np.float64)
+
+
+def tree_of_dampings():
+    params, _ = problem()
+    return {"w": 0.5, "v": 0.1, "b": jnp.full(3, 2.0), "c": 1.0 + params["c"] ** 2}
+
+
+# Solutions
+
+
+@pytest.mark.parametrize("name", ["ggn", "in batches", "fisher", "multiple", "sum", "stream"])
+def test_solutions(name):
+    A, b, bs = operator(name), right(), right(4)
+    M = dense(name) + 0.1 * np.eye(len(dense(name)))
+    found = solve(A, b, 0.1, tolerance=1e-14)
+    x = np.linalg.solve(M, flat(b))
+    assert np.linalg.norm(flat(found.x) - x) <= 1e-10 * np.linalg.norm(x)
+    true = np.linalg.norm(flat(b) - M @ flat(found.x)) / np.linalg.norm(flat(b))
+    assert_close(float(found.residual), true, atol=1e-14)
+    assert bool(found.converged) == (found.residual <= 1e-14) and int(found.num_steps) > 0
+    many = solve_many(A, bs, 0.1, tolerance=1e-14)
+    assert np.abs(rows(many.x) - np.linalg.solve(M, rows(bs).T).T).max() <= 1e-9
+    assert many.residual.shape == many.converged.shape == (4,)
+
+
+def test_trees_of_dampings():
+    A, b, damping = operator("ggn"), right(), tree_of_dampings()
+    M = np.asarray(A.damped(damping).dense())
+    assert_close(flat(solve(A, b, damping, tolerance=1e-13).x), np.linalg.solve(M, flat(b)), rtol=1e-9)
+    values, U = np.linalg.eigh(M)
+    root = inverse_sqrt(A, damping, tolerance=1e-13)(b)
+    assert_close(flat(root), U @ (U.T @ flat(b) / np.sqrt(values)), rtol=1e-9)
+    found = logdet(A, damping, key=random.key(0), num_probes=30)
+    assert abs(found.value - np.log(values).sum()) < 4 * found.standard_error
+
+
+def test_preconditioners():
+    A, b = operator("ggn"), right()
+    params, _ = problem()
+    x = np.linalg.solve(dense("ggn") + 0.01 * np.eye(len(flat(b))), flat(b))
+    exact = gram(A)
+    for C in (exact, inverse(exact, 0.01), Diagonal(diagonal(A)), block_diagonal(A).dense_blocks(), block_diagonal(A)):
+        found = solve(A, b, 0.01, preconditioner=C, tolerance=1e-12)
+        assert_close(flat(found.x), x, rtol=1e-8)
+        if C is exact: assert found.num_steps <= 2
+    with pytest.raises(TypeError, match="preconditioner: got dict, expected an Operator"):
+        solve(A, b, 0.1, preconditioner=params)
+    with pytest.raises(ValueError, match="preconditioner: got tree structure"):
+        solve(A, b, 0.1, preconditioner=Diagonal(jnp.ones(3)))
+
+
+def test_indefinite_matrices():
+    H, b = operator("hessian"), right()
+    least = np.linalg.eigvalsh(dense("hessian"))[0]
+    assert least < -0.1
+    for call in (lambda: solve(H, b, 1e-3), lambda: solve_many(H, right(3), 1e-3)):
+        with pytest.raises(ValueError, match="M: got an operator with a direction of negative curvature"):
+            call()
+    compiled = jax.jit(lambda H, b: solve(H, b, 1e-3))(H, b)
+    assert not compiled.converged and np.isfinite(flat(compiled.x)).all()
+    found = solve(H, b, 1 - least, tolerance=1e-12)
+    assert_close(flat(found.x), np.linalg.solve(dense("hessian") + (1 - least) * np.eye(len(flat(b))), flat(b)), rtol=1e-9)
+    assert np.isnan(flat(inverse(H, 1e-3)(b))).all()
+
+
+@register_operator
+class Turned(Operator):
+    """A dense symmetric matrix, known by its products."""
+
+    matrix: jax.Array
+
+    @property
+    def structure(self): return jax.ShapeDtypeStruct(self.matrix.shape[:1], self.matrix.dtype)
+
+    @property
+    def is_psd(self): return True
+
+    def multiply(self, vec): return self.matrix @ vec
+
+
+def turned(values, dtype="float64", seed=0):
+    Q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(len(values),) * 2))
+    return Turned(jnp.asarray((Q * values) @ Q.T, dtype)), Q
+
+
+def test_tolerances_out_of_reach_end():
+    """Ill-conditioned and in float32: no tolerance makes it run long, or return NaN."""
+    A, _ = turned(np.r_[np.logspace(2, 5, 12), np.linspace(0, 1, 108)], "float32")
+    b = random.normal(random.key(0), (120,), "float32")
+    run = jax.jit(lambda A, b, d: [solve(A, b, d, tolerance=t) for t in (1e-2, 1e-9)])
+    near, far = run(A, b, 10.0)
+    assert near.converged and near.residual <= 1e-2
+    assert not far.converged and far.residual < 1e-3 and far.num_steps < 500
+    hard = run(A, b, 0.1)[1]
+    assert not hard.converged and hard.residual < 1e-2 and hard.num_steps <= 1000
+    many = jax.jit(lambda A, b: solve_many(A, b, 0.1, tolerance=1e-9))(A, jnp.stack([b, 2 * b, b[::-1]]))
+    assert np.isfinite(many.x).all() and (many.residual < 1e-1).all()
+
+
+def test_dependent_right_hand_sides():
+    A, _ = turned(np.r_[np.logspace(0, 3, 20), np.zeros(20)])
+    b, c = np.random.default_rng(2).normal(size=(2, 40))
+    bs = jnp.asarray([b, 2 * b, b + c, np.zeros(40), c, np.asarray(A.matrix) @ b + 0.1 * b])
+    found = jax.jit(lambda A, bs: solve_many(A, bs, 0.1, tolerance=1e-11))(A, bs)
+    assert_close(np.asarray(found.x), np.linalg.solve(A.matrix + 0.1 * np.eye(40), bs.T).T, rtol=1e-8)
+    assert found.converged.all() and found.residual[3] == 0
+    few, _ = turned(np.array([1.0, 2.0, 3.0]))
+    bs = jnp.asarray(np.random.default_rng(3).normal(size=(5, 3)))
+    assert_close(np.asarray(solve_many(few, bs, 1.0, tolerance=1e-12).x), np.linalg.solve(few.matrix + np.eye(3), bs.T).T)
+
+
+def test_orthonormal_rows_span():
+    rows = np.random.default_rng(0).normal(size=(3, 8))
+    Q = np.asarray(orthonormal_rows(jnp.asarray(np.r_[rows, rows[:1] - rows[1:2], np.zeros((1, 8))])))
+    assert np.linalg.matrix_rank(Q) == 3
+    assert_close(rows @ Q.T @ Q, rows, atol=1e-12)
+
+
+def test_derivatives_and_batches_of_solutions():
+    A, b = operator("ggn"), right()
+    M = lambda d: dense("ggn") + d * np.eye(len(flat(b)))
+    x_of = lambda d, b: ravel_pytree(solve(A, b, d, tolerance=1e-13).x)[0]
+    forward, backward = jax.jit(lambda d: (jax.jacfwd(x_of)(d, b), jax.jacrev(x_of)(d, b)))(0.3)
+    exact = -np.linalg.solve(M(0.3), np.linalg.solve(M(0.3), flat(b)))
+    assert_close(np.asarray(forward), exact, rtol=1e-8)
+    assert_close(np.asarray(backward), exact, rtol=1e-8)
+    by_b = jax.jit(jax.grad(lambda b: jnp.sum(jnp.sin(x_of(0.3, b)))))(b)
+    x = np.linalg.solve(M(0.3), flat(b))
+    assert_close(flat(by_b), np.linalg.solve(M(0.3), np.cos(x)), rtol=1e-8)
+    several = jax.jit(jax.vmap(x_of, (0, None)))(jnp.array([0.1, 1.0, 10.0]), b)
+    assert_close(np.asarray(several), np.stack([np.linalg.solve(M(d), flat(b)) for d in (0.1, 1.0, 10.0)]), rtol=1e-8)
+
+
+def test_derivatives_with_leaves_that_are_no_floats():
+    """The keys and numbers of a Monte-Carlo Fisher do not stand in the way."""
+    F, b = operator("fisher"), right()
+    slope = jax.jit(jax.grad(lambda F, d: solve(F, b, d, tolerance=1e-12).residual + ravel_pytree(solve(F, b, d).x)[0].sum(), 1))(F, 0.5)
+    M = dense("fisher") + 0.5 * np.eye(len(flat(b)))
+    assert_close(float(slope), -np.linalg.solve(M, np.linalg.solve(M, flat(b))).sum(), rtol=1e-6)
+
+
+# Eigenpairs
+
+
+@pytest.mark.parametrize("name", ["ggn", "hessian", "blocks", "damped", "stream"])
+def test_eigenpairs(name):
+    A, M = operator(name), dense(name)
+    exact = np.linalg.eigvalsh(M)
+    for which, expected in (("LA", exact[::-1]), ("SA", exact)):
+        values, vectors = eigsh(A, 5, which=which)
+        U = rows(vectors)
+        assert_close(np.asarray(values), expected[:5], rtol=1e-10, atol=1e-10 * exact[-1])
+        assert_close(U @ U.T, np.eye(5), atol=1e-10)
+        assert np.abs(M @ U.T - U.T * np.asarray(values)).max() <= 1e-9 * exact[-1]
+
+
+def test_ten_largest_in_float32():
+    d = np.r_[np.repeat([1e4, 3e3, 900.0], 2), np.logspace(2, 0, 200), np.zeros(94)]
+    A, _ = turned(d, "float32")
+    for values, vectors in (eigsh(A, 10), jax.jit(lambda A: eigsh(A, 10))(A)):
+        assert_close(np.asarray(values, np.float64), np.sort(d)[::-1][:10], rtol=2e-5, atol=5e-3)
+        assert_close(np.asarray(vectors @ vectors.T), np.eye(10, dtype="float32"), atol=2e-5)
+
+
+def test_multiple_eigenvalues_and_zeros():
+    A, _ = turned(np.r_[np.full(6, 4.0), np.full(3, 1.0), np.zeros(191)])
+    values, vectors = eigsh(A, 12)
+    assert_close(np.asarray(values), np.r_[np.full(6, 4.0), np.full(3, 1.0), np.zeros(3)], atol=1e-10)
+    assert_close(np.asarray(vectors @ vectors.T), np.eye(12), atol=1e-10)
+
+
+def test_lobpcg():
+    A, Q = turned(np.r_[9.0, 7.0, 7.0, 5.0, np.linspace(-1, 1, 56)])
+    for which, exact in (("LA", [9.0, 7, 7]), ("SA", np.linspace(-1, 1, 56)[:3])):
+        values, vectors = eigsh(A, 3, which=which, method="lobpcg", tolerance=1e-12)
+        assert_close(np.asarray(values), np.asarray(exact), rtol=1e-8)
+    with pytest.raises(ValueError, match="method: got 'lobpcg' for which='LM'"):
+        eigsh(A, 3, which="LM", method="lobpcg")
+    with pytest.raises(ValueError, match="method: got 'qr'"):
+        eigsh(A, 3, method="qr")
+
+
+# Roots, samples
+
+
+def test_inverse_roots_and_samples():
+    A, b = operator("sum"), right()
+    M = dense("sum") + 0.2 * np.eye(len(flat(b)))
+    values, U = np.linalg.eigh(M)
+    R = inverse_sqrt(A, 0.2, tolerance=1e-13)
+    assert_close(flat(R(b)), U @ (U.T @ flat(b) / np.sqrt(values)), rtol=1e-10)
+    assert_close(np.asarray(R.dense()), (U / np.sqrt(values)) @ U.T, rtol=1e-10)
+    assert_close(np.asarray(inverse(A, 0.2, tolerance=1e-13).dense()), (U / values) @ U.T, rtol=1e-9)
+    draws = rows(sample(A, random.key(0), 0.2, 4000))
+    error = np.abs(draws.T @ draws / 4000 - (U / values) @ U.T).max()
+    assert error < 5 * (1 / values).max() * np.sqrt(2 / 4000)
+    one = sample(A, random.key(0), 0.2)
+    assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, b)
+
+
+def test_roots_that_still_change_are_not_returned():
+    A, _ = turned(np.linspace(0, 1e4, 200))
+    with pytest.raises(ValueError, match="max_steps: samples still change"):
+        sample(A, random.key(0), 1e-3, max_steps=20)
+    assert np.isnan(inverse_sqrt(A, 1e-3, max_steps=20)(jnp.ones(200))).all()
+
+
+# Estimates
+
+
+@pytest.mark.parametrize("name", ["ggn", "hessian", "stream"])
+def test_traces_and_norms(name):
+    A, M = operator(name), dense(name)
+    estimates = {
+        "hutchinson": (trace(A, "hutchinson", key=random.key(0), num_probes=40), np.trace(M)),
+        "norm": (frobenius_norm(A, random.key(1), num_probes=40), np.linalg.norm(M)),
+    }
+    if name != "stream":
+        estimates["xtrace"] = (trace(A, "xtrace", key=random.key(2), num_probes=9), np.trace(M))
+    for found, exact in estimates.values():
+        assert abs(found.value - exact) <= 4 * found.standard_error + 1e-10 * abs(exact)
+    if name == "stream":
+        with pytest.raises(ValueError, match="estimator: got 'xtrace', expected 'hutchinson'"):
+            trace(A, "xtrace", key=random.key(0))
+
+
+def test_hutchinson_is_exact_on_a_diagonal():
+    D = Diagonal(jnp.arange(5.0))
+    assert_close(float(trace(D, "hutchinson", key=random.key(0)).value), 10.0)
+    assert_close(float(frobenius_norm(D, random.key(0)).value), np.sqrt(30.0))
+
+
+def test_log_determinants():
+    A, M = operator("ggn"), dense("ggn")
+    exact = lambda d: np.linalg.slogdet(M + d * np.eye(len(M)))[1]
+    found, slope = jax.jit(jax.value_and_grad(lambda d: logdet(A, d, key=random.key(0), num_probes=60).value))(0.5)
+    error = logdet(A, 0.5, key=random.key(0), num_probes=60).standard_error
+    assert abs(found - exact(0.5)) < 4 * error
+    assert abs(slope - np.trace(np.linalg.inv(M + 0.5 * np.eye(len(M))))) < 0.1 * slope
+    with pytest.raises(ValueError, match="key: got None, .* for a log determinant by the products of a GGN"):
+        logdet(A, 0.5)
+    with pytest.raises(ValueError, match="M: got an operator with a direction of negative curvature"):
+        logdet(operator("hessian"), 1e-3, key=random.key(0))
+
+
+def test_spectral_density():
+    A, M = operator("hessian"), dense("hessian")
+    exact = np.linalg.eigvalsh(M)
+    found = spectral_density(A, random.key(0), num_probes=50)
+    assert_close(np.asarray(found.weights.sum(1)), np.full(50, float(len(M))))
+    points = jnp.asarray([exact[0] - 1, -0.5 * abs(exact[0]), 0.5 * exact[-1], exact[-1] + 1])
+    value, error = found.cumulative(points)
+    expected = (exact[:, None] <= np.asarray(points)).sum(0)
+    assert (np.abs(np.asarray(value) - expected) <= 4 * np.asarray(error) + 1e-9).all()
+    grid = found.grid(4000)
+    area = jnp.sum(found.density(grid).value) * (grid[1] - grid[0])
+    assert_close(float(area), float(len(M)), rtol=1e-2)
+    squares = found.trace(jnp.square)
+    assert abs(squares.value - (exact**2).sum()) < 4 * squares.standard_error
+
+
+# Compiled, narrow
+
+
+def test_nothing_is_compiled_twice():
+    A, b = operator("ggn"), right()
+    params, _ = problem()
+    calls = [
+        lambda A: solve(A, b, 0.1),
+        lambda A: eigsh(A, 3),
+        lambda A: sample(A, random.key(0), 0.1),
+        lambda A: logdet(A, 0.1, key=random.key(0)),
+    ]
+    moved = [A.at(jax.tree.map(lambda p, f=f: f * p, params)) for f in (1.1, 1.2)]
+    for call in calls:
+        call(moved[0])
+        with count_compiles() as compiles:
+            call(moved[1])
+        assert compiles.count == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_narrow_parameters(dtype):
+    params, data = problem(dtype)
+    A = create_ggn_mv(with_spare, params, data, "cross_entropy")
+    b = jax.tree.map(lambda leaf: leaf.astype(dtype), right())
+    found = jax.jit(lambda A, b: solve(A, b, 1.0))(A, b)
+    M = dense("ggn") + np.eye(len(flat(b)))
+    error = np.linalg.norm(flat(found.x) - np.linalg.solve(M, flat(b))) / np.linalg.norm(flat(found.x))
+    assert error < {"bfloat16": 0.2, "float32": 1e-4}[dtype]
+    assert [leaf.dtype.name for leaf in jax.tree.leaves(found.x)] == [dtype] * 4
+    values, _ = eigsh(A, 3)
+    assert_close(np.asarray(values, np.float64), np.linalg.eigvalsh(dense("ggn"))[::-1][:3], rtol={"bfloat16": 0.1, "float32": 1e-4}[dtype])
+    drawn = sample(A, random.key(0), 1.0, 2)
+    assert [leaf.dtype.name for leaf in jax.tree.leaves(drawn)] == [dtype] * 4
+    assert np.isfinite(np.asarray(ravel_pytree(drawn)[0], np.float64)).all()
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lineax", None)
+    A, _ = turned(np.arange(1.0, 8.0))
+    with pytest.raises(ImportError, match=r"pip install ggn_nb\[linalg\]"):
+        solve(A, jnp.ones(7), 1.0)
