@@ -439,7 +439,7 @@ def _met(plan: Plan, i: int, j: int, view: View) -> list | None:
     "What comes of a view that meets nothing but known values; None: it ends here"
     eqn = plan.program.eqns[i]
     if len(eqn.invars) == 1: return _views(view, eqn)
-    if _is_scaled(eqn, j): return [view]
+    if _is_scaled(eqn, j): return [replace(view, scaled=True)]
     rule = None if view.repeated else _rule(eqn, j)
     if rule is None: return None
     plan.cuts[i] = Cut(rule, rule.weight(view, eqn, j), j)

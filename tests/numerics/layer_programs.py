@@ -138,6 +138,8 @@ USES = {
     "bias after scale": Use(((D, 3), (3,)), lambda h, w, b: out(2 * (h @ w) + b), "dense"),
     "bias before scale": Use(((D, 3), (3,)), lambda h, w, b: out(-2 * (h @ w + b)), "dense"),
     "scaled bias": Use(((D, 3), (3,)), lambda h, w, b: out(h @ w - 3 * b), "dense"),
+    "scaled bias added": Use(((D, 3), (3,)), lambda h, w, b: out(h @ (w / 3) + 3 * b), "dense"),
+    "bias of scaled": Use(((D, 3), (3,)), lambda h, w, b: out(h @ (2 * w) + b), "dense"),
     "subtracted": Use(((D, 3), (3,)), lambda h, w, b: out(b - h @ w), "dense"),
     "bias of a sum": Use(((D, 3), (2, 3), (3,)), lambda h, w, u, b: out(h @ w + (h[:2] @ u + b)), "dense"),
     "bias at positions": Use(((2, 3), (2, 3)), lambda h, w, b: out(h.reshape(2, 2) @ w + b), "dense"),
