@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.tree_util import keystr
 
 from ggn_nb.layers.model_pairs import ModelPairs, combine, pairs_of
-from ggn_nb.layers.pairs import Pair
+from ggn_nb.layers.pairs import Pair, pair_of_bias
 from ggn_nb.layers.sums import check_is_ggn
 from ggn_nb.operators.curvature import Curvature, Problem
 from ggn_nb.operators.ggn import GGN
@@ -51,10 +51,17 @@ def _cost(pair: Pair) -> int:
     return columns * blocks * inputs * outputs * (positions + 1)
 
 
-def _rule_of(path: str, pair: Pair) -> LeafRule:
+def _rule_of(path: str, pair: Pair, kept: int) -> LeafRule:
     weight = " × ".join(f"{n:,}" for n in pair.view.shape)
-    return LeafRule(path, pair.kind, weight, pair.num_positions, pair.g.shape[1],
-                    bytes_of((pair.a, pair.g)), _cost(pair), pair.note)
+    return LeafRule(path, pair.kind, weight, pair.num_positions, pair.g.shape[1], kept,
+                    _cost(pair), pair.note)
+
+
+def _rules_of(names: list[str], pair: Pair) -> list[LeafRule]:
+    "The rule of a weight, and of its bias, for which nothing is kept"
+    rules = [_rule_of(names[pair.view.leaf], pair, bytes_of((pair.a, pair.g)))]
+    if pair.bias is None: return rules
+    return [*rules, _rule_of(names[pair.bias.leaf], jax.eval_shape(pair_of_bias, pair), 0)]
 
 # %% ../../nbs/layers/10_explain.ipynb #25890004
 @dataclass(frozen=True)
@@ -65,8 +72,9 @@ class Explanation:
 
     - `subject`: the operator, as it prints.
     - `rules`: one row for each place of each leaf: `leaf`, `rule`, `weight` (blocks × inputs ×
-      outputs), `positions`, `columns`, `kept` (bytes for one sample), `cost` (multiplications of
-      the exact diagonal for one sample) and `note`.
+      outputs), `positions`, `columns`, `kept` (bytes for one sample; none for a
+      bias that has the cotangents of its weight), `cost` (multiplications of the exact diagonal for
+      one sample) and `note`.
 
     Example:
 
@@ -159,8 +167,8 @@ def explain(G: GGN) -> Explanation:
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(G.structure)]
     names = ["params" + keystr(path) for path in paths]
     unused = lambda name: LeafRule(name, "unused", "", 0, 0, 0, 0, "no prediction depends on it")
-    rules = [[_rule_of(name, pair) for pair in leaf] or [unused(name)]
-             for name, leaf in zip(names, pairs.leaves, strict=True)]
+    found = [rule for pair in pairs.all for rule in _rules_of(names, pair)]
+    rules = [[rule for rule in found if rule.leaf == name] or [unused(name)] for name in names]
     return Explanation(repr(G), tuple(sum(rules, [])))
 
 # %% ../../nbs/layers/10_explain.ipynb #25890007
@@ -183,13 +191,14 @@ def _gradients_both_ways(operator: Curvature, key: jax.Array) -> tuple[Any, Any]
     problem, samples, column = operator.problem, operator.samples, _RandomColumn(key)
     if problem.vmap_over_data: samples = jax.tree.map(lambda leaf: leaf[:1], samples)
     pairs = pairs_of(problem, samples, column)
-    each = zip(pairs.leaves, pairs.structures, strict=True)
-    found = [combine(leaf, jnp.ones((1, 1), like.dtype), like) for leaf, like in each]
-    one = jax.tree.map(lambda leaf: leaf[0], samples) if problem.vmap_over_data else samples
-    predict = lambda p: call_model(problem.model_fn, one.input, cast_like(p, problem.params))
+    zeros = {i: jnp.zeros(s.shape, s.dtype) for i, s in enumerate(pairs.structures)}
+    one = jnp.ones((1, 1), pairs.structures[0].dtype)
+    found = zeros | combine(pairs.all, one, pairs.structures)
+    first = jax.tree.map(lambda leaf: leaf[0], samples) if problem.vmap_over_data else samples
+    predict = lambda p: call_model(problem.model_fn, first.input, cast_like(p, problem.params))
     pred, vjp = jax.vjp(predict, widen(problem.params))
-    column = jax.tree.map(lambda c: c[0], column(problem, pred, one)[0])
-    return found, jax.tree.leaves(vjp(column)[0])
+    column = jax.tree.map(lambda c: c[0], column(problem, pred, first)[0])
+    return list(found.values()), jax.tree.leaves(vjp(column)[0])
 
 
 @adds_checks

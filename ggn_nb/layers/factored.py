@@ -9,6 +9,7 @@ __all__ = []
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ggn_nb.layers.model_pairs import ModelPairs, combine, project
 from ggn_nb.layers.sums import pairs_in_chunks
@@ -26,13 +27,12 @@ def factored_product(
 ) -> Any:
     "Σ_nc s u gradient, with u = ⟨gradient, vec⟩ over the leaves of a block"
     vecs, treedef = jax.tree.flatten(vec)
-    blocks = problem.blocks or (0,) * len(vecs)
-    total: dict[int, Any] = {}
-    for leaf, v, block in zip(pairs.leaves, vecs, blocks, strict=True):
-        if leaf: total[block] = total.get(block, 0.0) + project(leaf, v)
-    signed = {b: u if pairs.signs is None else u * pairs.signs for b, u in total.items()}
-    each = zip(pairs.leaves, pairs.structures, blocks, strict=True)
-    return treedef.unflatten([combine(leaf, signed.get(b), like) for leaf, like, b in each])
+    found = dict(enumerate(map(jnp.zeros_like, vecs)))
+    for part in pairs.in_blocks(problem.blocks or (0,) * len(vecs)).values():
+        u = project(part, vecs)
+        if pairs.signs is not None: u *= pairs.signs
+        found |= combine(part, u, pairs.structures)
+    return treedef.unflatten(found.values())
 
 # %% ../../nbs/layers/21_factored.ipynb #b9020004
 _MOST_BYTES = 8 * 10**9

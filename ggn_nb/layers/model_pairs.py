@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0002
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggn_nb.layers.pairs import DensePair, Pair, TablePair, samples_at_once
+from ggn_nb.layers.pairs import DensePair, Pair, TablePair, pair_of_bias, samples_at_once
 from ggn_nb.layers.places import Place, Reading, View, read_places
 from ggn_nb.operators.chunks import sum_over_chunks
 from ggn_nb.operators.curvature import Problem
@@ -47,7 +47,7 @@ def _unread(predict: Callable, params: Any, why: str) -> Reading:
 def _pair(place: Place, g: jax.Array) -> Pair:
     "The pair of a place of one sample"
     kind = TablePair if place.kind == "embedding" else DensePair
-    return kind(place.input, place.output(g), place.view, place.kind)
+    return kind(place.input, place.output(g), place.view, place.kind, bias=place.bias)
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0204
 def _gradient_pair(leaf: int, ends: tuple[str, ...], gradients: jax.Array) -> Pair:
@@ -66,7 +66,7 @@ def is_alike(p: Pair, q: Pair) -> bool:
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0005
 def _joined(pairs: Sequence[Pair]) -> list[Pair]:
-    "The pairs of a leaf, those of one weight as further positions of one pair"
+    "The pairs, those of one weight as further positions of one pair"
     found: list[Pair] = []
     for pair in pairs:
         same = next((i for i, p in enumerate(found) if is_alike(p, pair)), None)
@@ -83,11 +83,11 @@ def _with_positions(p: Pair, q: Pair) -> Pair:
     return replace(p, a=join(p.a, q.a, 1), g=join(p.g, q.g, 2))
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0006
-@partial(register_pytree, data_fields=["leaves", "signs"], meta_fields=["structures", "of_head"])
+@partial(register_pytree, data_fields=["all", "signs"], meta_fields=["structures", "of_head"])
 @dataclass(frozen=True, eq=False)
 class ModelPairs:
-    "The pairs of each leaf of the parameters, for N samples and C columns"
-    leaves: tuple[tuple[Pair, ...], ...]
+    "All pairs of a model, for N samples and C columns"
+    all: tuple[Pair, ...]
     signs: jax.Array | None  # (N, C), where columns may enter with another sign
     structures: tuple[jax.ShapeDtypeStruct, ...]  # of the leaves, in float32 or better
     of_head: bool  # is the one column diag(H)?
@@ -95,10 +95,30 @@ class ModelPairs:
     @property
     def num_samples_and_columns(self) -> tuple[int, int]:
         "(N, C)"
-        sizes = [pair.g.shape[:2] for leaf in self.leaves for pair in leaf]
-        if sizes: return sizes[0]
+        if self.all: return self.all[0].g.shape[:2]
         raise ValueError("params: got leaves of which the prediction uses none, expected at least "
                          "one that it uses")
+
+    @property
+    def leaves(self) -> tuple[tuple[Pair, ...], ...]:
+        "The pairs of each leaf of the parameters, biases by themselves"
+        each = [pair for layer in self.all for pair in _weight_and_bias(layer)]
+        of_leaf = lambda i: tuple(pair for pair in each if pair.view.leaf == i)
+        return tuple(map(of_leaf, range(len(self.structures))))
+
+    def in_blocks(self, blocks: Sequence[Hashable]) -> dict[Hashable, list[Pair]]:
+        "The pairs of each block, where `blocks` says for each leaf in which it is"
+        found: dict[Hashable, list[Pair]] = {}
+        for layer in self.all:
+            is_split = layer.bias and blocks[layer.bias.leaf] != blocks[layer.view.leaf]
+            for pair in _weight_and_bias(layer) if is_split else [layer]:
+                found.setdefault(blocks[pair.view.leaf], []).append(pair)
+        return found
+
+
+def _weight_and_bias(pair: Pair) -> list[Pair]:
+    "The pair of a weight, and that of its bias if it has one"
+    return [replace(pair, bias=None), pair_of_bias(pair)] if pair.bias else [pair]
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0027
 Columns = Callable  # (problem, pred, samples) -> columns with an axis in front, signs or None
@@ -113,9 +133,7 @@ def _pairs_of_call(problem: Problem, columns: Columns, samples: Samples) -> Mode
     others = sorted(reading.ends)
     found += [_gradient_pair(i, reading.ends[i], g) for i, g in zip(others, gradients, strict=True)]
     like = tuple(map(structure_of, jax.tree.leaves(widen(problem.params))))
-    of_leaf = lambda i: tuple(_joined([pair for pair in found if pair.view.leaf == i]))
-    leaves = tuple(map(of_leaf, range(len(like))))
-    return ModelPairs(leaves, signs, like, getattr(columns, "of_head", False))
+    return ModelPairs(tuple(_joined(found)), signs, like, getattr(columns, "of_head", False))
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0028
 def pairs_of(problem: Problem, samples: Samples, columns: Columns = loss_columns) -> ModelPairs:
@@ -131,14 +149,24 @@ def place_weight(view: View, weight: jax.Array, like: Any) -> jax.Array:
     return jax.linear_transpose(view, leaf)(weight)[0]
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0007
-def project(pairs: Sequence[Pair], vec: jax.Array) -> jax.Array:
-    "⟨gradient, vec⟩ for each sample and column, (N, C), with the gradient by one leaf"
-    return sum(pair.project(pair.view(vec)) for pair in pairs)
+def _views(pair: Pair) -> list[View]:
+    "Of the weight, and of the bias if there is one"
+    return [pair.view, pair.bias] if pair.bias else [pair.view]
 
 
-def combine(pairs: Sequence[Pair], u: jax.Array, like: jax.Array) -> jax.Array:
-    "Σ_nc u · gradient by one leaf"
-    return _sum_leaves([place_weight(pair.view, pair.combine(u), like) for pair in pairs], like)
+def project(pairs: Sequence[Pair], vecs: Sequence[jax.Array]) -> jax.Array:
+    "Σ ⟨gradient, vec⟩ over all leaves of these pairs, for each sample and column: (N, C)"
+    return sum(pair.project(*(view(vecs[view.leaf]) for view in _views(pair))) for pair in pairs)
+
+
+def combine(pairs: Sequence[Pair], u: jax.Array, structures: Sequence[Any]) -> dict[int, jax.Array]:
+    "Σ_nc u · gradient by each leaf of these pairs, by its number, in float32 or better"
+    parts: dict[int, list[jax.Array]] = {}
+    for pair in pairs:
+        for view, weight in zip(_views(pair), pair.combine(u), strict=True):
+            part = place_weight(view, weight, structures[view.leaf])
+            parts.setdefault(view.leaf, []).append(part)
+    return {leaf: _sum_leaves(found, structures[leaf]) for leaf, found in parts.items()}
 
 
 def _sum_leaves(parts: Sequence[jax.Array], like: Any) -> jax.Array:

@@ -64,6 +64,7 @@ class Pair:
     view: View  # of the leaf, as (B, I, O)
     kind: str  # "dense", "convolution", "embedding", "bias", "scale" or "generic"
     note: str = ""  # what a generic leaf meets
+    bias: View | None = None  # of a leaf, as (B, 1, O), that is added to the outputs
 
     @property
     def num_positions(self) -> int: return self.a.shape[2]
@@ -84,20 +85,24 @@ class Pair:
         return jax.lax.map(of_sample, self, batch_size=min(at_once, len(self.g)))
 
 # %% ../../nbs/layers/01_pairs.ipynb #031d0005
-@partial(register_pytree, data_fields=["a", "g"], meta_fields=["view", "kind", "note"])
+@partial(register_pytree, data_fields=["a", "g"], meta_fields=["view", "kind", "note", "bias"])
 @dataclass(frozen=True, eq=False)
 class DensePair(Pair):
     "Inputs that are multiplied by the weight"
 
-    def project(self, weight: jax.Array) -> jax.Array:
-        "⟨Σ_t a gᵀ, weight⟩ for each sample and column, (N, C)"
+    def project(self, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        "⟨Σ_t a gᵀ, weight⟩ + ⟨Σ_t g, bias⟩ for each sample and column, (N, C)"
         outputs = _times_weight(self.a, weight)
+        if bias is not None: outputs += bias[None].astype(outputs.dtype)
         return contract("ncx,nx->nc", _from_axis(self.g, 2), _from_axis(outputs, 1))
 
-    def combine(self, u: jax.Array) -> jax.Array:
-        "Σ_nc u Σ_t a gᵀ, (B, I, O), for u of (N, C)"
+    def combine(self, u: jax.Array) -> tuple[jax.Array, ...]:
+        "Σ_nc u Σ_t a gᵀ, (B, I, O), for u of (N, C); with a bias also Σ_nct u g, (B, 1, O)"
         summed = contract("nc,ncx->nx", u, _from_axis(self.g, 2))
-        return _transpose_times(self.a, summed.reshape(*self.a.shape[:3], -1))
+        summed = summed.reshape(*self.a.shape[:3], -1)
+        weight = _transpose_times(self.a, summed)
+        if self.bias is None: return (weight,)
+        return weight, jnp.sum(summed, axis=(0, 2))[:, None]
 
     def gradients(self) -> jax.Array:
         "Σ_t a gᵀ for each sample and column, (N, C, B, I, O)"
@@ -118,6 +123,13 @@ class DensePair(Pair):
         met = contract("nbtu,ncbuo->ncbto", inputs, self.g, precision=_EXACT)
         return contract("ncbto,ncbto->nc", met, self.g)
 
+# %% ../../nbs/layers/01_pairs.ipynb #031d0041
+def pair_of_bias(pair: DensePair) -> DensePair:
+    "The pair of the bias alone: of one position, where it meets 1"
+    g = jnp.sum(pair.g.astype(working_dtype(pair.g.dtype)), axis=3, keepdims=True)
+    ones = jnp.ones((*pair.a.shape[:2], 1, 1), working_dtype(pair.a.dtype))
+    return DensePair(ones, g, pair.bias, "bias")
+
 # %% ../../nbs/layers/01_pairs.ipynb #031d0025
 def _add_rows(a: jax.Array, g: jax.Array, shape: tuple[int, int]) -> jax.Array:
     "A table of (rows, D) with rows g of (…, D), added up at their numbers a of (…)"
@@ -132,7 +144,7 @@ def _sums_of_rows(a: jax.Array, g: jax.Array, num_rows: int) -> jax.Array:
     return contract("nbtu,ncbuo->ncbto", at_first, g, precision=_EXACT)
 
 # %% ../../nbs/layers/01_pairs.ipynb #031d0006
-@partial(register_pytree, data_fields=["a", "g"], meta_fields=["view", "kind", "note"])
+@partial(register_pytree, data_fields=["a", "g"], meta_fields=["view", "kind", "note", "bias"])
 @dataclass(frozen=True, eq=False)
 class TablePair(Pair):
     "Inputs that are numbers of rows of the weight: an embedding. A number too large: no row"
@@ -143,9 +155,9 @@ class TablePair(Pair):
         taken = jax.vmap(rows, (0, 1), 1)(weight, self.a)
         return contract("ncbto,nbto->nc", self.g, taken)
 
-    def combine(self, u: jax.Array) -> jax.Array:
+    def combine(self, u: jax.Array) -> tuple[jax.Array, ...]:
         "Σ_nc u Σ_t e_a gᵀ, (B, rows, D), for u of (N, C)"
-        return jax.vmap(self._as_table, 1)(self.a, contract("nc,ncbto->nbto", u, self.g))
+        return (jax.vmap(self._as_table, 1)(self.a, contract("nc,ncbto->nbto", u, self.g)),)
 
     def gradients(self) -> jax.Array:
         "Σ_t e_a gᵀ for each sample and column, (N, C, B, rows, D)"

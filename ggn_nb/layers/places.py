@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/layers/00_places.ipynb #e8100002
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -60,14 +61,17 @@ def linear_program(
 # %% ../../nbs/layers/00_places.ipynb #e8100005
 class Step(NamedTuple):
     "One rearrangement of an array"
-    name: str  # "reshape", "transpose", "slice" or "rev"
-    how: tuple  # its shape, its permutation, its slices, its axes
+    name: str  # "reshape", "transpose", "slice", "rev" or "broadcast"
+    how: tuple  # its shape; permutation; slices; axes; shape and where it has the array's axes
 
     def __call__(self, x: Any) -> Any:
         "`x`, rearranged; of JAX or of NumPy"
         if self.name == "reshape": return x.reshape(self.how)
         if self.name == "transpose": return x.transpose(self.how)
         if self.name == "slice": return x[tuple(slice(*s) for s in self.how)]
+        if self.name == "broadcast":  # of NumPy
+            shape, axes = self.how
+            return np.broadcast_to(np.expand_dims(x, [*({*range(len(shape))} - {*axes})]), shape)
         return x[tuple(slice(None, None, -1 if i in self.how else 1) for i in range(x.ndim))]
 
 # %% ../../nbs/layers/00_places.ipynb #e8100206
@@ -75,6 +79,12 @@ class Loop(NamedTuple):
     "A loop around a place"
     length: int
     own: bool  # does each step have entries of its own? No: all steps share them
+
+# %% ../../nbs/layers/00_places.ipynb #e8100240
+class Repeated(NamedTuple):
+    "What has made entries of a view several: steps of which the first is a broadcast"
+    num_loops: int  # around the broadcast
+    steps: tuple[Step, ...]  # on what one step of these loops sees
 
 # %% ../../nbs/layers/00_places.ipynb #e8100030
 @dataclass(frozen=True)
@@ -84,7 +94,8 @@ class View:
     shape: tuple[int, ...]  # of what one step of the loops sees
     steps: tuple[Step, ...] = ()
     loops: tuple[Loop, ...] = ()  # around it, from the outermost
-    repeated: bool = False  # is each entry there several times?
+    scaled: bool = False  # was it multiplied by a number on its way?
+    repeated: Repeated | None = None  # what was done since its entries are there several times
 
     @property
     def stacked(self) -> tuple[int, ...]:
@@ -93,12 +104,21 @@ class View:
 
     def then(self, name: str, how: tuple, shape: Sequence[int]) -> "View":
         "The view after another step, on the axes that loops do not run over"
+        if self.repeated: return self._repeated(Step(name, how))
         front = self.stacked
         if name == "reshape": how = (*front, *how)
         if name == "transpose": how = (*range(len(front)), *(len(front) + i for i in how))
         if name == "slice": how = (*((0, n, 1) for n in front), *how)
         if name == "rev": how = tuple(len(front) + i for i in how)
         return replace(self, steps=(*self.steps, Step(name, how)), shape=tuple(shape))
+
+    def broadcast(self, axes: tuple[int, ...], shape: Sequence[int]) -> "View":
+        "The view after entries have been repeated along new or longer axes"
+        return self._repeated(Step("broadcast", (tuple(shape), tuple(axes))))
+
+    def _repeated(self, step: Step) -> "View":
+        num_loops, steps = self.repeated or (len(self.loops), ())
+        return replace(self, repeated=Repeated(num_loops, (*steps, step)))
 
     def in_loop(self, length: int, own: bool) -> "View":
         "The view within a loop that runs over its first axis, or that shares it"
@@ -112,20 +132,20 @@ class View:
 
 # %% ../../nbs/layers/00_places.ipynb #e8100006
 _AS_IT_IS = ("convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint",
-             "mesh_cast", "reshard", "pvary", "pcast", "name", "neg")
+             "mesh_cast", "reshard", "pvary", "pcast", "name")
 
 
 def rearranged(view: View, eqn: JaxprEqn) -> View | None:
     "The view that an equation makes of its one argument; None: it does something else"
     name, params, shape = eqn.primitive.name, eqn.params, eqn.outvars[0].aval.shape
     if name in _AS_IT_IS: return view
-    if view.repeated: return view if name in ("broadcast_in_dim", "reshape", "transpose") else None
+    if name == "neg": return replace(view, scaled=True)
     if name == "squeeze" or name == "reshape" and params["dimensions"] is None:
         return view.then("reshape", shape, shape)
     if name == "transpose": return view.then("transpose", params["permutation"], shape)
-    if name == "slice": return view.then("slice", _slices(params), shape)
-    if name == "rev": return view.then("rev", params["dimensions"], shape)
-    if name == "broadcast_in_dim": return _broadcast(view, shape)
+    if name == "broadcast_in_dim": return _broadcast(view, params["broadcast_dimensions"], shape)
+    if name == "slice" and not view.repeated: return view.then("slice", _slices(params), shape)
+    if name == "rev" and not view.repeated: return view.then("rev", params["dimensions"], shape)
     return None
 
 # %% ../../nbs/layers/00_places.ipynb #e8100033
@@ -134,10 +154,10 @@ def _slices(params: dict) -> tuple:
     return tuple(zip(starts, limits, params["strides"] or (1,) * len(starts), strict=True))
 
 
-def _broadcast(view: View, shape: tuple[int, ...]) -> View:
+def _broadcast(view: View, axes: tuple[int, ...], shape: tuple[int, ...]) -> View:
     "New axes of one entry are a reshape; any other broadcast repeats entries"
-    if prod(shape) == prod(view.shape): return view.then("reshape", shape, shape)
-    return replace(view, repeated=True)
+    is_reshape = not view.repeated and prod(shape) == prod(view.shape)
+    return view.then("reshape", shape, shape) if is_reshape else view.broadcast(axes, shape)
 
 # %% ../../nbs/layers/00_places.ipynb #e8100035
 def _views(view: View, eqn: JaxprEqn) -> list[View] | None:
@@ -338,6 +358,7 @@ class Cut(NamedTuple):
     rule: _Rule
     view: View  # of the leaf, as (B, I, O) behind the axes of its loops
     position: int  # of the weight among the equation's arguments
+    bias: View | None = None  # of another leaf, as (B, 1, O): added to the output at all positions
 
 # %% ../../nbs/layers/00_places.ipynb #e8100057
 class Plan(NamedTuple):
@@ -354,8 +375,10 @@ class Plan(NamedTuple):
             if i in self.inner: yield from self.inner[i].all_cuts()
 
     def without(self, leaves: set[int]) -> "Plan":
-        "The plan without the places of some leaves"
-        cuts = {i: cut for i, cut in self.cuts.items() if cut.view.leaf not in leaves}
+        "The plan without the places of some leaves, which are not its biases either"
+        keep = lambda bias: None if bias is None or bias.leaf in leaves else bias
+        cuts = {i: cut._replace(bias=keep(cut.bias)) for i, cut in self.cuts.items()
+                if cut.view.leaf not in leaves}
         return self._replace(cuts=cuts, inner={i: p.without(leaves) for i, p in self.inner.items()})
 
 # %% ../../nbs/layers/00_places.ipynb #e810000e
@@ -387,6 +410,16 @@ def _is_scaled(eqn: JaxprEqn, j: int) -> bool:
 
 # %% ../../nbs/layers/00_places.ipynb #e810000d
 _TANGENT = object()  # stands for what depends on the parameters and is no view of a leaf
+
+
+class _Output(NamedTuple):
+    "A tangent that is the output of a place, rearranged, and is not used but once"
+    plan: Plan
+    number: int  # of the place's equation in the plan
+    view: View  # of the output
+
+
+_ADDS = ("add", "add_any")
 _ENDS = {"add": "bias", "add_any": "bias", "sub": "bias", "mul": "scale", "div": "scale"}
 
 
@@ -406,11 +439,65 @@ def _met(plan: Plan, i: int, j: int, view: View) -> list | None:
     "What comes of a view that meets nothing but known values; None: it ends here"
     eqn = plan.program.eqns[i]
     if len(eqn.invars) == 1: return _views(view, eqn)
-    if _is_scaled(eqn, j): return [view]
+    if _is_scaled(eqn, j): return [replace(view, scaled=True)]
     rule = None if view.repeated else _rule(eqn, j)
     if rule is None: return None
     plan.cuts[i] = Cut(rule, rule.weight(view, eqn, j), j)
-    return [_TANGENT]
+    return [_Output(plan, i, View(0, eqn.outvars[0].aval.shape))]
+
+# %% ../../nbs/layers/00_places.ipynb #e8100242
+def _used(arg: Any) -> Any:
+    "The same, but an output of a place is a tangent like others"
+    return _TANGENT if isinstance(arg, _Output) else arg
+
+
+def _moved(output: _Output, eqn: JaxprEqn) -> list:
+    "An output after an equation that does nothing but rearrange it; otherwise tangents"
+    tangents = [_TANGENT] * len(eqn.outvars)
+    given, result = eqn.invars[0].aval, eqn.outvars[0].aval
+    if (given.size, given.dtype) != (result.size, result.dtype): return tangents
+    view = rearranged(output.view, eqn) if len(tangents) == 1 else None
+    return tangents if view is None or view.scaled else [output._replace(view=view)]
+
+# %% ../../nbs/layers/00_places.ipynb #e8100244
+def _entries_added(output: _Output, view: View) -> np.ndarray:
+    "The numbers of the entries of a view that are added to an output, as (B, T, O)"
+    cut, eqn = output.plan.cuts[output.number], output.plan.program.eqns[output.number]
+    numbers = np.arange(prod(view.shape)).reshape(view.shape)
+    for step in view.repeated.steps if view.repeated else (): numbers = step(numbers)
+    result = eqn.outvars[0].aval.shape
+    at = output.view(np.arange(prod(result)).reshape(result))
+    added = np.empty(prod(result), int)
+    added[at.ravel()] = np.broadcast_to(numbers, at.shape).ravel()
+    return cut.rule.output(added.reshape(result), eqn, cut.position)
+
+
+def _bias(output: _Output, view: View) -> View | None:
+    "A view that is added to an output as (B, 1, O); None where it is not the same at all positions"
+    cut = output.plan.cuts[output.number]
+    loops = len(view.loops) if view.repeated is None else view.repeated.num_loops
+    if cut.rule is _EMBEDDING or cut.bias or view.scaled or cut.view.scaled: return None
+    if view.loops != cut.view.loops or loops < len(view.loops): return None
+    shape = cut.view.shape[0], 1, cut.view.shape[2]
+    if prod(view.shape) != prod(shape): return None
+    expected = np.arange(prod(shape)).reshape(shape)
+    if np.any(_entries_added(output, view) != expected): return None
+    return replace(view, repeated=None).then("reshape", shape, shape)
+
+# %% ../../nbs/layers/00_places.ipynb #e8100246
+def _added(eqn: JaxprEqn, args: list, ends: dict[int, list[str]]) -> Any:
+    "What a sum is: an output still where tangents are added; views become biases, or end"
+    shape = eqn.outvars[0].aval.shape
+    outputs = [arg for arg in args if isinstance(arg, _Output) and arg.view.shape == shape]
+    views = [arg for arg in args if isinstance(arg, View)]
+    if outputs and None not in args:
+        if not views: return outputs[0]
+        if bias := _bias(outputs[0], views[0]):
+            plan, number, _ = outputs[0]
+            plan.cuts[number] = plan.cuts[number]._replace(bias=bias)
+            return outputs[0]
+    for arg in args: _end(arg, "bias" if len(views) == 1 else "add", ends)
+    return _TANGENT
 
 # %% ../../nbs/layers/00_places.ipynb #e8100093
 def _loop(plan: Plan, i: int, args: list, ends: dict[int, list[str]]) -> list:
@@ -419,7 +506,7 @@ def _loop(plan: Plan, i: int, args: list, ends: dict[int, list[str]]) -> list:
     consts, init, xs = split_scan(eqn, args)
     for arg in init: _end(arg, "a loop's carry", ends)
     length = eqn.params["length"]
-    enter = lambda arg, own: arg.in_loop(length, own) if isinstance(arg, View) else arg
+    enter = lambda arg, own: arg.in_loop(length, own) if isinstance(arg, View) else _used(arg)
     results = [_TANGENT if is_float else None for is_float in _floating(eqn)]
     carried = results[: len(init)]
     inside = [enter(a, False) for a in consts] + carried + [enter(a, True) for a in xs]
@@ -438,6 +525,8 @@ def _results(plan: Plan, i: int, args: list, ends: dict[int, list[str]]) -> list
     if views and name == "scan": return _loop(plan, i, args, ends)
     if len(views) == 1 and sum(arg is not None for arg in args) == 1 and _is_real(eqn):
         if found := _met(plan, i, views[0], args[views[0]]): return found
+    if len(args) == 1 and isinstance(args[0], _Output): return _moved(args[0], eqn)
+    if name in _ADDS: return [_added(eqn, args, ends)]
     what = _ENDS.get(name, name) if len(views) == 1 else name
     for arg in args: _end(arg, what, ends)
     return [_TANGENT] * len(eqn.outvars)
@@ -451,11 +540,15 @@ def _find(
     "Look for places in a program, and for leaves that meet something else"
     jaxpr = getattr(program, "jaxpr", program)
     plan = Plan(jaxpr, getattr(program, "consts", ()), {}, {})
-    known = dict(zip(jaxpr.invars, args, strict=True))
+    uses = Counter(v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, Var))
+    uses.update(v for v in jaxpr.outvars if isinstance(v, Var))
+    once = lambda v, arg: arg if uses[v] == 1 else _used(arg)
+    known = dict(zip(jaxpr.invars, map(once, jaxpr.invars, args), strict=True))
     for i, eqn in enumerate(jaxpr.eqns):
         args = _given(known, eqn.invars)
         if all(arg is None for arg in args): continue
-        known |= dict(zip(eqn.outvars, _results(plan, i, args, ends), strict=True))
+        results = map(once, eqn.outvars, _results(plan, i, args, ends))
+        known |= dict(zip(eqn.outvars, results, strict=True))
     return plan, _given(known, jaxpr.outvars)
 
 # %% ../../nbs/layers/00_places.ipynb #e8100097
@@ -464,7 +557,17 @@ def _plan_of(program: ClosedJaxpr, leaves: list) -> tuple[Plan, dict[int, tuple[
     ends: dict[int, list[str]] = {}
     plan, results = _find(program, [View(i, leaf.shape) for i, leaf in enumerate(leaves)], ends)
     for arg in results: _end(arg, "the prediction", ends)
+    while alone := _biases_alone(plan, ends): ends |= {leaf: ["bias"] for leaf in alone}
     return plan.without(set(ends)), {i: tuple(ends[i]) for i in sorted(ends)}
+
+
+def _biases_alone(plan: Plan, ends: dict[int, list[str]]) -> set[int]:
+    "Biases whose weight ends elsewhere, and where one of both has another place as well"
+    cuts = [cut for cut, _ in plan.all_cuts()]
+    uses = Counter(view.leaf for cut in cuts for view in (cut.view, cut.bias) if view)
+    def is_alone(weight, bias): return weight in ends or uses[weight] > 1 or uses[bias] > 1
+    pairs = [(cut.view.leaf, cut.bias.leaf) for cut in cuts if cut.bias]
+    return {bias for weight, bias in pairs if is_alone(weight, bias)} - set(ends)
 
 # %% ../../nbs/layers/00_places.ipynb #e810000f
 class _Weight(NamedTuple):
@@ -520,6 +623,7 @@ def _evaluate_equation(plan: Plan, i: int, args: list, outputs: Iterator | None)
         return run(eqn, plan.inner[i], args, outputs)
     if any(arg is _TANGENT for arg in args): return [_TANGENT] * len(eqn.outvars), []
     if not weights: return evaluate_equation(eqn, args), []
+    if eqn.primitive.name in _ADDS: return [arg for arg in args if arg is not weights[0]], []
     if i in plan.cuts: return _cut(plan.cuts[i], eqn, args, weights[0].scale, outputs)
     return [_scaled(weights[0], eqn, args)] * len(eqn.outvars), []
 
@@ -578,6 +682,7 @@ class Place(NamedTuple):
     input: jax.Array  # (B, T, I); of an embedding (B, T), with the numbers of rows
     output: Callable  # cotangent of what `Reading.pull_back` returned -> (C, B, T, O)
     is_scaled: bool  # is the weight multiplied by a number?
+    bias: View | None  # of a leaf, as (B, 1, O), that is added to the output at each position
 
 # %% ../../nbs/layers/00_places.ipynb #e8100231
 class Reading(NamedTuple):
@@ -604,7 +709,8 @@ def _place(cut: Cut, eqn: JaxprEqn, x: jax.Array, scale: Any) -> Place:
         if scale is not None: g = g * scale.reshape(1, *scale.shape, 1, 1, 1).astype(g.dtype)
         return _arranged(g, loops, first=1)
 
-    return Place(rule.kind, _whole(cut.view), _arranged(x, loops), output, scale is not None)
+    bias = cut.bias and _whole(cut.bias)
+    return Place(rule.kind, _whole(cut.view), _arranged(x, loops), output, scale is not None, bias)
 
 # %% ../../nbs/layers/00_places.ipynb #e8100075
 def _arguments(leaves: list, others: list[int], tangents: Sequence[Any]) -> list:

@@ -109,6 +109,55 @@ USES = {
     "glu": Use(((D, 3), (3, 8)), lambda h, w, v: out(jax.nn.sigmoid(h @ v.T[:D]) * (h @ w)), "dense"),
     "attention": Use(((3, 2, 2),) * 3, attention, "dense"),
     "bias": Use(((D,),), lambda h, b: jnp.tanh(h + b), ""),
+    "dense bias": Use(((D, 3), (3,)), lambda h, w, b: out(h @ w + b), "dense"),
+    "bias of positions": Use(((2, 3), (3,)), lambda h, w, b: out(h.reshape(2, 2) @ w + b[None]), "dense"),
+    "bias of columns": Use(((3, 2), (3, 1)), lambda h, w, b: out(w @ h.reshape(2, 2) + b), "dense"),
+    "bias of heads": Use(
+        ((2, 3, 2), (3, 1, 2)), lambda h, w, b: out(jnp.einsum("td,dhk->htk", h.reshape(2, 2), w) + b), "dense"
+    ),
+    "bias of heads, moved": Use(
+        ((2, 3, 2), (2, 3)), lambda h, w, b: out(jnp.einsum("td,dhk->kth", h.reshape(2, 2), w) + b[:, None]), "dense"
+    ),
+    "bias of experts": Use(
+        ((2, 2, 3), (2, 1, 3)), lambda h, w, b: out(jax.vmap(jnp.matmul)(h.reshape(2, 1, 2), w) + b), "dense"
+    ),
+    "bias of filters": Use(
+        ((3, 2, 2), (3, 1)), lambda h, w, b: out(lax.conv(h.reshape(1, 2, 2), w, (1,), "SAME")[0] + b), "convolution"
+    ),
+    "bias of groups": Use(
+        ((2, 1, 4), (4,)),
+        lambda h, w, b: out(
+            lax.conv_general_dilated(
+                h.reshape(1, 2, 2), w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), feature_group_count=2
+            )
+            + b[None, None]
+        ),
+        "convolution",
+    ),
+    "bias after reshape": Use(((D, 6), (3, 2)), lambda h, w, b: out((h @ w).reshape(2, 3).T + b), "dense"),
+    "bias after scale": Use(((D, 3), (3,)), lambda h, w, b: out(2 * (h @ w) + b), "dense"),
+    "bias before scale": Use(((D, 3), (3,)), lambda h, w, b: out(-2 * (h @ w + b)), "dense"),
+    "scaled bias": Use(((D, 3), (3,)), lambda h, w, b: out(h @ w - 3 * b), "dense"),
+    "scaled bias added": Use(((D, 3), (3,)), lambda h, w, b: out(h @ (w / 3) + 3 * b), "dense"),
+    "bias of scaled": Use(((D, 3), (3,)), lambda h, w, b: out(h @ (2 * w) + b), "dense"),
+    "subtracted": Use(((D, 3), (3,)), lambda h, w, b: out(b - h @ w), "dense"),
+    "bias of a sum": Use(((D, 3), (2, 3), (3,)), lambda h, w, u, b: out(h @ w + (h[:2] @ u + b)), "dense"),
+    "bias at positions": Use(((2, 3), (2, 3)), lambda h, w, b: out(h.reshape(2, 2) @ w + b), "dense"),
+    "bias of one": Use(((D, 3), (1,)), lambda h, w, b: out(h @ w + b), "dense"),
+    "wider bias": Use(((2, 3), (2, 3)), lambda h, w, b: out(h[None, :2] @ w + b), "dense"),
+    "bias of wider": Use(((2, 3), (3,)), lambda h, w, b: out(h[None, :2] @ w + h[:2, None] + b[None]), "dense"),
+    "output used twice": Use(((D, 3), (3,)), lambda h, w, b: out(h @ w + b) + jnp.sin(h @ w)[0], "dense"),
+    "output used before": Use(
+        ((D, 3), (3,)), lambda h, w, b: (lambda y: out(y + b) + jnp.sin(y)[0])(h @ w), "dense"
+    ),
+    "two biases": Use(((D, 3), (3,), (3,)), lambda h, w, b, c: out(h @ w + b + c), "dense"),
+    "shared bias": Use(((D, 3), (3, 3), (3,)), lambda h, w, v, b: out(jnp.tanh(h @ w + b) @ v + b), "dense"),
+    "bias is weight": Use(((D, 3), (3, 3)), lambda h, w, v: out(jnp.tanh(h @ w + v[0]) @ v), "dense"),
+    "shared weight": Use(((D, D), (D,), (D,)), lambda h, w, b, c: out(jnp.sin(h @ w + b) @ w + c), "dense"),
+    "bias in a function": Use(
+        ((D, 3), (3,)), lambda h, w, b: out(jax.jit(jnp.add)(jax.jit(jnp.matmul)(h, w), b)), "dense"
+    ),
+    "bias of a table": Use(((3, 2), (2,)), lambda h, w, b: out(w[tokens(h)] + b[None]), "embedding"),
     "broadcast bias": Use(((2,),), lambda h, b: out(jnp.sin(h.reshape(2, 2) + b[None])), ""),
     "number": Use(((),), lambda h, b: jnp.tanh(h - b), ""),
     "scale": Use(((2, 1),), lambda h, s: out(h.reshape(2, 2) * s), "scale"),

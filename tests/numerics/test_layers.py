@@ -152,6 +152,31 @@ def test_random_programs(part, pytestconfig):
     jax.clear_caches()  # a process may hold so many compiled programs, and no more
 
 
+BIASES = {name: use for name, use in USES.items() if "bias" in name or "output used" in name or name in ("subtracted", "shared weight")}
+
+
+@pytest.mark.parametrize("around", ["nothing", "scan"])
+def test_biases(around):
+    """Biases of layers, and leaves that only look like it."""
+    names = list(BIASES)
+    for part in (names[::2], names[1::2]):
+        check([Program(name, "as it is", around) for name in part])
+
+
+def test_which_biases_belong_to_layers():
+    """A bias that its weight's output meets first, and at all positions alike, keeps nothing."""
+    belong = {"dense bias", "bias of positions", "bias of columns", "bias of heads", "bias of experts", "bias of filters", "bias of groups"}
+    belong |= {"bias before scale", "bias of a sum", "two biases", "bias in a function"}
+    for names in (list(BIASES)[::2], list(BIASES)[1::2]):
+        programs = [Program(name, "as it is", "nothing") for name in names if len(BIASES[name].shapes) > 1]
+        model_fn, params = model_of(programs)
+        data = {"input": fixed(N, D), "target": fixed(N, C)}
+        rules = explain(create_ggn_mv(model_fn, params, data, "mse", linearize="recomputed")).rules
+        for i, program in enumerate(programs):
+            kept = [rule.kept for rule in rules if rule.leaf.startswith(f"params[{i}]") and rule.rule == "bias"]
+            assert (min(kept, default=1) == 0) == (program.use in belong), program
+
+
 # --- losses, weights, policies, kinds of data
 
 
