@@ -9,7 +9,7 @@ from pathlib import Path
 
 # Most programs of the suite run once, and half of its time is their compilation: it is kept short, in notebooks and other
 # processes too, unless XLA_FLAGS is set, as `make test XLA_FLAGS=` does for programs as users have them.
-QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12): QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 # What one worker or notebook has compiled, the others read from here, and so does the next run.

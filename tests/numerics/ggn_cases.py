@@ -102,7 +102,7 @@ def data_case(name, loss):
 
 
 # Large programs that run once: compiled without optimisation, which is faster.
-QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True, "xla_cpu_parallel_codegen_split_count": 1}
 dense_of = jax.jit(dense_from_mv, compiler_options=QUICK)
 
 
