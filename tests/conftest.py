@@ -1,7 +1,6 @@
 """Settings for the whole suite: strict numerics, and notebook cells to run on request."""
 
 import fcntl
-import gc
 import os
 import sys
 from importlib.metadata import version
@@ -25,9 +24,10 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER") if hasattr(os, "sched_setaffi
 
 import jax
 import pytest
+from quick import share_contexts
 
 sys.path.insert(0, str(ROOT / ".ci"))
-gc.set_threshold(50_000, 20, 50)  # a run holds millions of objects: looking for circles is 5% of its time
+share_contexts()
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
