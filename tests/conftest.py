@@ -34,6 +34,11 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    """What a worker reads while another writes it is no program yet: JAX says so, and compiles it."""
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
+
+
 def pytest_addoption(parser):
     """Add `--flags "slow gpu"`: notebook cells with these flags run too."""
     parser.addoption("--flags", default="", help="also run notebook cells with these flags (slow, gpu)")
