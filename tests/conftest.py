@@ -1,7 +1,6 @@
 """Settings for the whole suite: strict numerics, and notebook cells to run on request."""
 
 import fcntl
-import gc
 import os
 import sys
 from importlib.metadata import version
@@ -9,7 +8,7 @@ from pathlib import Path
 
 # Most programs of the suite run once, and half of its time is their compilation: it is kept short, in notebooks and other
 # processes too, unless XLA_FLAGS is set, as `make test XLA_FLAGS=` does for programs as users have them.
-QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_parallel_codegen_split_count=1"]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 12): QUICK.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(QUICK))
 # What one worker or notebook has compiled, the others read from here, and so does the next run.
@@ -25,13 +24,19 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER") if hasattr(os, "sched_setaffi
 
 import jax
 import pytest
+from quick import share_contexts
 
 sys.path.insert(0, str(ROOT / ".ci"))
-gc.set_threshold(50_000, 20, 50)  # a run holds millions of objects: looking for circles is 5% of its time
+share_contexts()
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """What a worker reads while another writes it is no program yet: JAX says so, and compiles it."""
+    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
 
 
 def pytest_addoption(parser):

@@ -269,14 +269,19 @@ def _numbered_gradients(loss: Loss, pred: Any, key: jax.Array, num_draws: int) -
         return [ravel_pytree(tree)[0] for tree in (*gradients, w)]
 
     keys, size = jax.random.split(key, num_draws), sum(a.size for a in jax.tree.leaves(pred))
-    return jax.lax.map(at, keys, batch_size=min(num_draws, 1 + 2**15 // size))
+    return jax.lax.map(at, keys, batch_size=min(num_draws, _power_of_two(2**15 // size)))
+
+
+def _power_of_two(n: int) -> int:
+    "The largest power of two up to `n`, or 1: of such numbers, the smaller divides the larger"
+    return 2 ** (max(n, 1).bit_length() - 1)
 
 # %% ../../nbs/operators/30_verification.ipynb #30a00006
 def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check:
     "The mean outer product of the gradient at sampled targets, in standard errors from H"
     tol = max(4 * float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(pred))
     wide = jax.tree.map(lambda leaf: leaf.astype(working_dtype(leaf.dtype)), pred)
-    n = int(np.clip(2**19 // max(len(H), 1), 2**12, 2**14))
+    n = int(np.clip(_power_of_two(2**19 // max(len(H), 1)), 2**12, 2**14))
     g, weight, position = _scores(loss, wide, key, n)
     half, full = np.sqrt(weight) * g, weight * g
     same = position[:, None] == position
