@@ -60,8 +60,8 @@ def directives(source: str) -> dict[str, str]:
     return {k: v.strip() for k, v in re.findall(r"#\|\s*(\w+):?(.*)", lines)}
 
 
-def execute(path: Path, flags: str = "", first: str = "") -> nbformat.NotebookNode:
-    """Run a notebook in a fresh kernel, after the line `first`; a failing cell raises with its traceback.
+def execute(path: Path, flags: str = "") -> nbformat.NotebookNode:
+    """Run a notebook in a fresh kernel; a failing cell raises with its traceback.
 
     Cells marked with one of settings.ini's `tst_flags` do not run, and keep their outputs,
     unless the flag is in `flags`.
@@ -76,7 +76,6 @@ def execute(path: Path, flags: str = "", first: str = "") -> nbformat.NotebookNo
             cell.metadata["tags"] = ["skip-execution"]
     where = {"metadata": {"path": str(path.parent)}}
     settings = {"timeout": 900, "record_timing": False, "coalesce_streams": True}
-    settings["extra_arguments"] = [f"--IPKernelApp.exec_lines={first}"] if first else []
     return NotebookClient(nb, kernel_name="python3", resources=where, **settings).execute()
 
 

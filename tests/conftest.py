@@ -1,6 +1,7 @@
 """Settings for the whole suite: strict numerics, and notebook cells to run on request."""
 
 import fcntl
+import gc
 import os
 import sys
 from importlib.metadata import version
@@ -24,19 +25,13 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER") if hasattr(os, "sched_setaffi
 
 import jax
 import pytest
-from quick import share_contexts
 
 sys.path.insert(0, str(ROOT / ".ci"))
-share_contexts()
+gc.set_threshold(50_000, 20, 50)  # a run holds millions of objects: looking for circles is 5% of its time
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-
-def pytest_configure(config):
-    """What a worker reads while another writes it is no program yet: JAX says so, and compiles it."""
-    config.addinivalue_line("filterwarnings", "ignore:Error reading persistent compilation cache entry")
 
 
 def pytest_addoption(parser):

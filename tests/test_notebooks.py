@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from nbclient.exceptions import CellExecutionError
-from quick import IN_KERNELS
 from tools import NBS, ROOT, execute, notebooks, readme, sidebar
 
 NAMES = [path.relative_to(NBS).as_posix() for path in notebooks()]
@@ -54,7 +53,7 @@ def test_notebook_runs(name, pytestconfig, monkeypatch):
     monkeypatch.chdir(ROOT)
     failure = ""
     try:
-        execute(NBS / name, pytestconfig.getoption("flags"), first=IN_KERNELS)
+        execute(NBS / name, pytestconfig.getoption("flags"))
     except CellExecutionError as error:
         failure = re.sub(r"\x1b\[[\d;]*m", "", str(error))
     if failure:

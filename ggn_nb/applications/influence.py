@@ -51,7 +51,8 @@ def influence(M: Operator, G: Operator, queries: Any, damping: Any) -> jax.Array
 
     Returns:
 
-    An array of shape (Q, N), in float32 or better.
+    An array of shape (Q, N), in float32 or better. From a `Gram` matrix it has an error of about
+    the rounding error times |∇ℓ_q| |∇ℓ_n| / damping.
 
     Raises:
 
@@ -66,8 +67,9 @@ def influence(M: Operator, G: Operator, queries: Any, damping: Any) -> jax.Array
         >>> model = lambda input, params: params
         >>> data = {"input": jnp.zeros((3, 1)), "target": jnp.array([[0.0], [1.0], [5.0]])}
         >>> G = create_ggn_mv(model, jnp.array([2.0]), data, "mse")  # the mean of three numbers
-        >>> influence(gram(G), G, {"input": jnp.zeros((1, 1)), "target": jnp.ones((1, 1))}, 1e-3)
-        Array([[ 1.3331112,  0.6665556, -1.9996667]], dtype=float32)
+        >>> queries = {"input": jnp.zeros((1, 1)), "target": jnp.ones((1, 1))}
+        >>> influence(gram(G), G, queries, damping=2.0).round(4)
+        Array([[ 1. ,  0.5, -1.5]], dtype=float32)
     """
     problem = problem_of(G)
     if isinstance(G, Streamed) or isinstance(queries, Stream):

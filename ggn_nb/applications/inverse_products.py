@@ -44,7 +44,7 @@ def by_woodbury(
 ) -> jax.Array:
     "Bᵀ (A Aᵀ + δI)⁻¹ C"
     damping = damping.astype(inner.dtype)
-    inside = jnp.matmul(left / (eigenvalues + damping), right.T, precision="highest")
+    inside = jnp.matmul(left / (eigenvalues + damping)[None], right.T, precision="highest")
     return (inner - inside) / damping
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a900000a

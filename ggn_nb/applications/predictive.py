@@ -110,9 +110,9 @@ def predictive_covariance(
 
     Returns:
 
-    For predictions of shape S, the covariance of shape (N, *S, *S), symmetric, in float32 or better.
-    With `joint=True` of shape (N, *S, N, *S). From a `Gram` matrix it has an error of about the
-    rounding error times |J|² / damping.
+    For predictions of shape S, the covariance of shape (N, *S, *S), symmetric, in float32 or
+    better. With `joint=True` of shape (N, *S, N, *S). From a `Gram` matrix it has an error of about
+    the rounding error times |J|² / damping.
 
     Raises:
 

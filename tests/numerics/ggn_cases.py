@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import quick
 from ggn_nb.tools.models import cnn, mlp, transformer
 from ggn_nb.tools.testing import dense_from_mv, dense_ggn
 from hypothesis import HealthCheck, given, settings
@@ -103,7 +102,7 @@ def data_case(name, loss):
 
 
 # Large programs that run once: compiled without optimisation, which is faster.
-QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True, "xla_cpu_parallel_codegen_split_count": 1}
+QUICK = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 dense_of = jax.jit(dense_from_mv, compiler_options=QUICK)
 
 
@@ -180,8 +179,7 @@ def run_cases(number, check, **strategies):
 def run_python(code, **env):
     """Run `code` in a fresh process with strict settings, and return what it printed on both streams."""
     strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-    path = os.pathsep.join([str(Path(ggn_nb.__file__).parents[1]), str(Path(quick.__file__).parent), os.environ.get("PYTHONPATH", "")])
-    code = f"import jax, quick\nquick.share_contexts()\n{code}"
+    path = os.pathsep.join([str(Path(ggn_nb.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | strict | {"PYTHONPATH": path} | env, capture_output=True, text=True
     )

@@ -8,15 +8,12 @@ from pathlib import Path
 
 import ggn_nb
 import pytest
-import quick
 
 SETUP = """
 import sys
 from dataclasses import replace
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
-import quick
-quick.share_contexts()
 if len(sys.argv) > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)  # so that all processes run their collectives in the same order
@@ -170,7 +167,7 @@ print("reached the end")
 def start(code, devices, *args):
     """A fresh process with strict settings and so many devices."""
     strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_NUMPY_RANK_PROMOTION": "raise"}
-    path = os.pathsep.join([str(Path(ggn_nb.__file__).parents[1]), str(Path(quick.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(ggn_nb.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     env = os.environ | strict | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
     command = [sys.executable, "-c", SETUP + code, *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,0 +1,141 @@
+"""Covariances of predictions, evidence and influence against dense matrices, for every representation of the curvature."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ggn_cases import targets
+from ggn_nb import (
+    Diagonal,
+    block_diagonal,
+    create_fisher_mv,
+    create_ggn_mv,
+    diagonal,
+    gram,
+    influence,
+    log_marginal_likelihood,
+    multi_head,
+    predictive_covariance,
+    select_params,
+)
+from ggn_nb.tools.testing import assert_close
+from jax.flatten_util import ravel_pytree
+
+N, C, DAMPING = 6, 3, 0.2
+
+
+def model_fn(input, params):
+    return jnp.tanh(input @ params["w"] + params["b"]) @ params["v"]
+
+
+def normal(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+PARAMS = {"b": normal(4, seed=1), "v": normal(4, C, seed=2), "w": normal(2, 4, seed=3)}
+FLAT, UNRAVEL = ravel_pytree(PARAMS)
+
+
+def data_for(loss, n=N, seed=5, **more):
+    return {"input": normal(n, 2, seed=seed), "target": targets(np.random.default_rng(seed), loss, (n, C))} | more
+
+
+def representations(G):
+    """What stands for the curvature, and the matrix that it is."""
+    dense, blocks = np.asarray(G.dense()), block_diagonal(G)
+    return {
+        "gram": (gram(G), dense),
+        "diagonal": (Diagonal(diagonal(G)), np.diag(np.diag(dense))),
+        "blocks": (blocks.dense_blocks(), np.asarray(blocks.dense())),
+    }
+
+
+def inverse(matrix, damping=DAMPING):
+    return jnp.linalg.inv(jnp.asarray(matrix) + damping * jnp.eye(len(matrix)))
+
+
+def value(loss, x, y, p):
+    """The loss of one sample, by hand."""
+    f = model_fn(x, UNRAVEL(p))
+    return jnp.sum((f - y) ** 2) if loss == "mse" else -jax.nn.log_softmax(f)[y]
+
+
+@pytest.mark.parametrize("loss", ["mse", "cross_entropy"])
+def test_against_dense_matrices(loss):
+    weight = jnp.linspace(0.0, 2.0, N)  # the first sample does not count
+    data, queries = data_for(loss, weight=weight), data_for(loss, 2, seed=6)
+    G = create_ggn_mv(model_fn, PARAMS, data, loss, num_total_samples=3 * N)
+    J = jax.vmap(jax.jacrev(lambda p, x: model_fn(x, UNRAVEL(p))), (None, 0))(FLAT, queries["input"])
+    gradient = jax.vmap(jax.grad(lambda p, x, y: value(loss, x, y, p)), (None, 0, 0))
+    of_data, of_queries = (gradient(FLAT, d["input"], d["target"]) for d in (data, queries))
+    total = 3 * sum(w * value(loss, x, y, FLAT) for w, x, y in zip(weight, data["input"], data["target"], strict=True))
+    for name, (M, matrix) in representations(G).items():
+        inv = inverse(matrix)
+        covariance = jnp.einsum("ncp,pq,mdq->ncmd", J, inv, J)
+        assert_close(predictive_covariance(M, G, queries["input"], DAMPING, joint=True), covariance, rtol=1e-9, atol=1e-10)
+        own = jnp.stack([covariance[i, :, i] for i in range(2)])
+        assert_close(predictive_covariance(M, G, queries["input"], DAMPING), own, rtol=1e-9, atol=1e-10)
+        expected = 3 * weight[None] * (of_queries @ inv @ of_data.T)
+        assert_close(influence(M, G, queries, DAMPING), expected, rtol=1e-9, atol=1e-10 * float(jnp.max(jnp.abs(expected))))
+        logdet = jnp.linalg.slogdet(jnp.asarray(matrix) + DAMPING * jnp.eye(len(matrix)))[1]
+        evidence = -total - DAMPING / 2 * FLAT @ FLAT + len(FLAT) / 2 * jnp.log(DAMPING) - logdet / 2
+        assert_close(log_marginal_likelihood(M, G, DAMPING), evidence)
+        slope = jax.grad(lambda d: log_marginal_likelihood(M, G, d))(DAMPING)  # noqa: B023
+        assert_close(slope, -FLAT @ FLAT / 2 + len(FLAT) / DAMPING / 2 - jnp.trace(inv) / 2), name
+
+
+def test_frozen_leaves_and_compiled_functions():
+    """The parameters are those that are selected; operators are arguments."""
+    data = data_for("mse")
+    head, params = select_params(model_fn, PARAMS, "v")
+    G = create_ggn_mv(head, params, data, "mse")
+    J = jax.vmap(lambda x: jnp.kron(jnp.tanh(x @ PARAMS["w"] + PARAMS["b"])[None], jnp.eye(C)))(data["input"])
+    expected = jnp.einsum("ncp,pq,ndq->ncd", J, inverse(2 * jnp.einsum("ncp,ncq->pq", J, J)), J)
+    found = jax.jit(lambda K, G, x: predictive_covariance(K, G, x, DAMPING))(gram(G), G, data["input"])
+    assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_prior_for_each_leaf_and_a_fisher():
+    """A tree of dampings for a diagonal; gradients of the loss within an empirical Fisher matrix."""
+    data = data_for("cross_entropy")
+    G = create_ggn_mv(model_fn, PARAMS, data, "cross_entropy")
+    prior = jax.tree.map(lambda p: jnp.full(p.shape, 0.1 * p.size), PARAMS)
+    d, p = ravel_pytree(diagonal(G))[0], ravel_pytree(prior)[0]
+    J = jax.vmap(jax.jacrev(lambda p, x: model_fn(x, UNRAVEL(p))), (None, 0))(FLAT, data["input"])
+    found = predictive_covariance(Diagonal(diagonal(G)), G, data["input"], prior)
+    assert_close(found, jnp.einsum("ncp,ndp->ncd", J / (d + p)[None, None], J))
+    F = create_fisher_mv(model_fn, PARAMS, data, "cross_entropy", kind="empirical")
+    assert_close(influence(Diagonal(diagonal(G)), F, data, 1.0), influence(Diagonal(diagonal(G)), G, data, 1.0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_lower_precision(dtype):
+    """Sums are in float32, so covariances are as good as the model's own numbers."""
+    data = data_for("mse")
+    G = create_ggn_mv(model_fn, PARAMS, data, "mse")
+    want = predictive_covariance(gram(G), G, data["input"], 1.0)
+    cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
+    low = create_ggn_mv(model_fn, cast(PARAMS), cast(data), "mse")
+    got = predictive_covariance(gram(low), low, cast(data["input"]), 1.0)
+    assert got.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(got.astype(want.dtype) - want))) < (1e-4 if dtype == "float32" else 0.1) * float(jnp.max(want))
+
+
+def test_errors():
+    data = data_for("mse")
+    G = create_ggn_mv(model_fn, PARAMS, data, "mse")
+    D = Diagonal(diagonal(G))
+    tree = lambda input, params: {"a": model_fn(input, params)}
+    heads = create_ggn_mv(tree, PARAMS, {**data, "target": {"a": data["target"]}}, multi_head({"a": "mse"}))
+    cases = [
+        (lambda: predictive_covariance(D, D, data["input"], 1.0), TypeError, "G: got Diagonal, expected the matrix of a model"),
+        (lambda: predictive_covariance(D, heads, data["input"], 1.0), TypeError, "G: got a model that predicts a dict"),
+        (lambda: predictive_covariance(D, G, data["input"], 1.0, joint=1), TypeError, "joint"),
+        (lambda: influence(D, D, data, 1.0), TypeError, "G: got Diagonal"),
+        (lambda: log_marginal_likelihood(D, G, 1.0, key=jax.random.key(0)), ValueError, "key"),
+        (lambda: log_marginal_likelihood(G, G, 1.0), ValueError, "key"),
+        (lambda: log_marginal_likelihood(gram(G), G, -1.0), ValueError, "damping"),
+    ]
+    for call, kind, message in cases:
+        with pytest.raises(kind, match=message.replace("(", r"\(")):
+            call()
