@@ -401,5 +401,5 @@ def test_narrow_parameters(dtype):
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lineax", None)
     A, _ = turned(np.arange(1.0, 8.0))
-    with pytest.raises(ImportError, match=r"pip install ggn_nb\[linalg\]"):
+    with pytest.raises(ImportError, match=r"pip install \"ggn_nb\[linalg\]\""):
         solve(A, jnp.ones(7), 1.0)
