@@ -73,7 +73,7 @@ def step_of_progress(
     total: int | None = None,  # how many there are in all, if it is known by now
 ) -> None:
     "A step of the latest task that is under way is done"
-    if not _tasks: return
+    if not _tasks or not progress_is_shown(): return
     _tasks[-1].total = total or _tasks[-1].total
     _tasks[-1].step()
 
