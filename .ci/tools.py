@@ -67,6 +67,7 @@ def execute(path: Path, flags: str = "") -> nbformat.NotebookNode:
     unless the flag is in `flags`.
     """
     from nbclient import NotebookClient
+    from traitlets.config import Config
 
     skip = set(get_config().tst_flags.split()) - set(flags.split())
     nb = nbformat.read(path, as_version=4)
@@ -76,7 +77,10 @@ def execute(path: Path, flags: str = "") -> nbformat.NotebookNode:
             cell.metadata["tags"] = ["skip-execution"]
     where = {"metadata": {"path": str(path.parent)}}
     settings = {"timeout": 900, "record_timing": False, "coalesce_streams": True}
-    return NotebookClient(nb, kernel_name="python3", resources=where, **settings).execute()
+    with tempfile.TemporaryDirectory() as folder:  # talk through files: kernels started together may take the same ports
+        kernel = {"transport": "ipc", "connection_file": f"{folder}/kernel.json"}
+        config = Config({"KernelManager": kernel if os.name == "posix" else {}})
+        return NotebookClient(nb, kernel_name="python3", resources=where, config=config, **settings).execute()
 
 
 def run(paths: list[str], flags: str = "") -> None:

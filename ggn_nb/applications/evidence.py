@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ggn_nb.applications.predictive import problem_of
+from ggn_nb.applications.inverse_products import problem_of
 from ggn_nb.layers.diagonal import Estimate
 from ggn_nb.linalg.functions import logdet
 from ggn_nb.operators.curvature import Curvature, Problem, sum_at_params

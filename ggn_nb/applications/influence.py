@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ggn_nb.applications.inverse_products import inverse_products
-from ggn_nb.applications.predictive import problem_of
+from ggn_nb.applications.inverse_products import inverse_products, problem_of
 from ggn_nb.operators.curvature import Problem, on_samples
 from ggn_nb.operators.fisher import Fisher, Scores, ScoreProducts
 from ggn_nb.operators.operator import Operator

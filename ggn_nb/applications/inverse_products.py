@@ -16,10 +16,19 @@ from ggn_nb.layers.gram import Gram, check_bytes, cross_gram, map_pairs
 from ggn_nb.layers.model_pairs import ModelPairs, leaf_gradients
 from ggn_nb.linalg.closed_forms import positive_number
 from ggn_nb.linalg.functions import solve_many
+from ggn_nb.operators.curvature import Curvature, Problem
 from ggn_nb.operators.operator import Operator
 from ggn_nb.operators.samples import Samples, count_samples
 from ggn_nb.operators.square_root import SquareRoot
+from ggn_nb.operators.streamed import Streamed
 from ggn_nb.tools.programs import program
+
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000021
+def problem_of(G: Any) -> Problem:
+    "Model, parameters and policy of a curvature matrix; `TypeError` for anything else"
+    if isinstance(G, Curvature | Streamed): return G.problem
+    raise TypeError(f"G: got {type(G).__name__}, expected the matrix of a model on data, from "
+                    "create_ggn_mv, create_fisher_mv or create_hessian_mv")
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000007
 def gradients_of(pairs: ModelPairs, root: SquareRoot) -> Any:
@@ -77,15 +86,23 @@ def in_parts(root: SquareRoot) -> Iterator[SquareRoot]:
         part = jax.tree.map(lambda leaf: leaf[start : start + size], G.samples)
         yield SquareRoot(type(G)(G.problem, part))
 
+
+def solved_columns(M: Operator, root: SquareRoot, damping: Any) -> Iterator[tuple[Any, Any]]:
+    "The columns in parts, (N, C, …) a leaf, and (M + δI)⁻¹ of them, likewise"
+    for part in in_parts(root):
+        columns = columns_of(part)
+        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), columns)
+        x = solve_many(M, rows, damping).x
+        yield columns, jax.tree.map(lambda a, like: a.reshape(like.shape), x, columns)
+
 # %% ../../nbs/applications/00_inverse_products.ipynb #a900000c
 def _by_solving(M: Operator, left: SquareRoot, right: SquareRoot, damping: Any) -> jax.Array:
     "leftᵀ (M + δI)⁻¹ right, by solving for each column of `right`"
-    rows = []
-    for part in in_parts(right):
-        columns = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), columns_of(part))
-        (products,) = jax.tree.leaves(left.T.matmat(solve_many(M, columns, damping).x))
-        rows.append(products.reshape(len(products), -1))
-    return jnp.concatenate(rows).T
+    def products(x):
+        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), x)
+        (found,) = jax.tree.leaves(left.T.matmat(rows))
+        return found.reshape(len(found), -1)
+    return jnp.concatenate([products(x) for _, x in solved_columns(M, right, damping)]).T
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a900000d
 def inverse_products(

@@ -14,19 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from ggn_nb.applications.inverse_products import (
-    by_woodbury, columns_of, in_parts, inverse_products,
+    by_woodbury, inverse_products, problem_of, solved_columns,
 )
 from ggn_nb.layers.gram import Gram, cross_gram, map_pairs
 from ggn_nb.layers.inner import inner_products
 from ggn_nb.linalg.closed_forms import positive_number
-from ggn_nb.linalg.functions import solve_many
 from ggn_nb.losses.create import create_loss
-from ggn_nb.operators.curvature import Curvature, Problem, on_samples
+from ggn_nb.operators.curvature import Problem, on_samples
 from ggn_nb.operators.ggn import GGN
 from ggn_nb.operators.operator import Operator
 from ggn_nb.operators.samples import read_samples
 from ggn_nb.operators.square_root import SquareRoot, square_root
-from ggn_nb.operators.streamed import Streamed
 from ggn_nb.operators.streams import Stream
 from ggn_nb.tools.checks import check_flag
 from ggn_nb.tools.programs import program
@@ -47,13 +45,6 @@ def jacobian_root(problem: Problem, inputs: Any) -> SquareRoot:
     problem = replace(problem, loss=create_loss("none"), factor=jnp.ones_like(problem.factor),
                       head_scales=None)
     return square_root(on_samples(GGN, problem, samples, weigh=False)[0])
-
-
-def problem_of(G: Any) -> Problem:
-    "Model, parameters and policy of a curvature matrix; `TypeError` for anything else"
-    if isinstance(G, Curvature | Streamed): return G.problem
-    raise TypeError(f"G: got {type(G).__name__}, expected the matrix of a model on data, from "
-                    "create_ggn_mv, create_fisher_mv or create_hessian_mv")
 
 # %% ../../nbs/applications/10_predictive.ipynb #a910000a
 def _own_products(root: SquareRoot) -> jax.Array:  # (N, C, C)
@@ -81,12 +72,7 @@ def _dot_columns(columns: Any, x: Any) -> jax.Array:
 
 def _blocks_by_solving(M: Operator, root: SquareRoot, damping: Any) -> jax.Array:
     "The diagonal blocks of rootᵀ (M + δI)⁻¹ root by solving for each column"
-    def of_part(part):
-        columns = columns_of(part)
-        right = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), columns)
-        x = solve_many(M, right, damping).x
-        return _dot_columns(columns, jax.tree.map(lambda a, b: b.reshape(a.shape), columns, x))
-    return jnp.concatenate(list(map(of_part, in_parts(root))))
+    return jnp.concatenate([_dot_columns(*part) for part in solved_columns(M, root, damping)])
 
 # %% ../../nbs/applications/10_predictive.ipynb #a910000c
 def predictive_covariance(

@@ -64,14 +64,14 @@ class SignedColumns(Columns):
         "Columns S ε"
         key = _key_of_call(self.key, samples)
         like = problem.loss.column_structure(pred, samples.target)
-        return self.columns(problem, pred, samples, _draw_signs(key, self.number, like)), None
+        return self.columns(problem, pred, samples, draw_signs(key, self.number, like)), None
 
     def columns(self, problem: Problem, pred: Any, samples: Samples, signs: Any) -> Any:
         "S times each of the signs, along an axis in front"
         return jax.vmap(partial(times_root, problem, pred, samples))(signs)
 
 
-def _draw_signs(key: jax.Array, number: int, like: Any) -> Any:
+def draw_signs(key: jax.Array, number: int, like: Any) -> Any:
     "±1 for each entry of trees like `like`, of which there are `number`"
     leaves, treedef = jax.tree.flatten(like)
     draw = lambda key, leaf: jax.random.rademacher(key, (number, *leaf.shape), leaf.dtype)

@@ -26,7 +26,7 @@ from ggn_nb.operators.operator import Damped, Diagonal, Operator, Scaled, Sum, s
 from ggn_nb.operators.samples import widen
 from ggn_nb.operators.square_root import with_root
 from ggn_nb.operators.streamed import Streamed
-from ggn_nb.tools.checks import check_size
+from ggn_nb.tools.checks import check_choice, check_size
 
 # %% ../../nbs/layers/20_diagonal.ipynb #3a060003
 def _sum(squared: jax.Array, signs: jax.Array | None) -> jax.Array:
@@ -129,9 +129,7 @@ Estimator = Literal["exact", "signs", "monte_carlo"]
 
 def _columns(operator: GGN | Streamed, estimator: Any, key: Any, num_probes: Any) -> Any:
     "The columns that an estimator squares"
-    if estimator not in get_args(Estimator):
-        expected = " or ".join(map(repr, get_args(Estimator)))
-        raise ValueError(f"estimator: got {estimator!r}, expected {expected}")
+    check_choice(estimator, "estimator", get_args(Estimator))
     number = check_size(num_probes, "num_probes")
     if estimator == "exact":
         _check_nothing_drawn(key, number)
@@ -304,9 +302,7 @@ def trace(
         >>> round(float(trace(create_ggn_mv(model, jnp.zeros(2), data, "mse"))), 3)
         60.0
     """
-    if estimator not in _TRACE_ESTIMATORS:
-        expected = " or ".join(map(repr, _TRACE_ESTIMATORS))
-        raise ValueError(f"estimator: got {estimator!r}, expected {expected}")
+    check_choice(estimator, "estimator", _TRACE_ESTIMATORS)
     if estimator in get_args(ProbeEstimator): return _by_probes(G, estimator, key, num_probes)
     if (found := _known(G, estimator)) is not None:
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))

@@ -420,7 +420,7 @@ class _Output(NamedTuple):
 
 
 _ADDS = ("add", "add_any")
-_ENDS = {"add": "bias", "add_any": "bias", "sub": "bias", "mul": "scale", "div": "scale"}
+_ENDS = {"sub": "bias", "mul": "scale", "div": "scale"}
 
 
 def _given(known: dict, atoms: Sequence[Any]) -> list:

@@ -11,6 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from .columns import draw_signs
 from ..operators.operator import Operator, ravel
 from ..tools.arrays import working_dtype
 from ..tools.extras import import_extra
@@ -19,11 +20,9 @@ from ..tools.programs import program
 # %% ../../nbs/layers/12_probes.ipynb #c8010006
 def random_products(A: Operator, key: jax.Array, num: int) -> tuple[jax.Array, jax.Array]:
     "Vectors of random signs, and the products with them, (num, P), in float32 or better"
-    leaves, treedef = jax.tree.flatten(A.structure)
-    keys = jax.random.split(key, len(leaves))
-    draw = lambda key, leaf: jax.random.rademacher(key, (num, *leaf.shape), leaf.dtype)
-    vecs = treedef.unflatten(list(map(draw, keys, leaves)))
-    flat = partial(ravel, dtype=working_dtype(*[leaf.dtype for leaf in leaves]))
+    vecs = draw_signs(key, num, A.structure)
+    dtype = working_dtype(*[leaf.dtype for leaf in jax.tree.leaves(A.structure)])
+    flat = partial(ravel, dtype=dtype)
     return jax.vmap(flat)(vecs), jax.vmap(flat)(A.matmat(vecs))
 
 

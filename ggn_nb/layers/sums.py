@@ -31,6 +31,7 @@ from ggn_nb.operators.samples import Samples, count_samples, number_samples
 from ggn_nb.operators.square_root import with_root
 from ggn_nb.operators.streamed import Streamed, placed, samples_of
 from ggn_nb.operators.streams import sum_over_batches
+from ggn_nb.tools.arrays import is_traced
 from ggn_nb.tools.programs import program
 from ggn_nb.tools.progress import progress, progress_is_shown, step_of_progress
 
@@ -122,18 +123,13 @@ def sum_over_data(
 ) -> Any:  # as `fn` returns it, in float32 or better
     "Σ fn over all samples of an operator, or over all batches of its stream"
     is_streamed = isinstance(operator, Streamed)
-    shown = progress_is_shown() and not _is_traced(operator)
+    shown = progress_is_shown() and not is_traced(operator)
     if not is_streamed: operator, _ = on_this_shard(operator)
     task = progress(f"{name}: " + ("batch" if is_streamed else "chunk"))
     with task if shown else nullcontext():
         if is_streamed: return _sum_stream(operator, fn, columns, whole)
         total = _sum_data(operator, fn, columns, whole, shown)
         return jax.block_until_ready(total) if shown else total
-
-
-def _is_traced(operator: Any) -> bool:
-    "Is the operator an argument of a function that is being compiled?"
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operator))
 
 # %% ../../nbs/layers/05_sums.ipynb #30270008
 def check_is_ggn(G: Any) -> None:

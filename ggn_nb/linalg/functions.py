@@ -6,6 +6,7 @@
 __all__ = ['solve', 'solve_many', 'inverse', 'inverse_sqrt', 'logdet', 'sample', 'eigsh']
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10002
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -29,7 +30,7 @@ from ..losses.weights import raise_faults
 from ..operators.fisher import check_key, check_one_key
 from ..operators.operator import Operator, check_vectors, register_operator
 from ..operators.samples import cast_like, widen
-from ..tools.checks import check_like, check_size
+from ..tools.checks import check_choice, check_like, check_size
 from ..tools.programs import program
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10008
@@ -58,12 +59,24 @@ _INDEFINITE = ("M: got an operator with a direction of negative curvature, for w
                "is not positive definite, expected a larger damping, or a GGN instead of a Hessian")
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a01
-@program
-def _solve(forms: MatrixForms, damping: Any, b: Any) -> tuple[Solution, jax.Array]:
+@partial(program, static_argnums=(3,))
+def _solve(
+    forms: MatrixForms, damping: Any, b: Any, many: bool
+) -> tuple[Solution, jax.Array]:
     "The solution, in the dtypes of `b`; is M + δI indefinite?"
-    found, indefinite = forms.solve(damping, widen(b))
-    x = cast_like(found.x, b)
-    return Solution(x, found.residual, found.num_steps, found.converged), indefinite
+    found, indefinite = (forms.solve_many if many else forms.solve)(damping, widen(b))
+    return replace(found, x=cast_like(found.x, b)), indefinite
+
+
+def _solution(M: Operator, b: Any, damping: Any, many: bool, **options: Any) -> Solution:
+    "For one right-hand side, or for many along an axis in front"
+    forms = _forms(M, damping, **options)
+    damping = forms.read_damping(damping)
+    if many: check_vectors(b, forms.structure, "params", "b")
+    else: check_like(b, forms.structure, "b", "params")
+    solution, indefinite = _run(_solve, forms, damping, b, many)
+    raise_faults({_INDEFINITE: indefinite})
+    return solution
 
 
 def solve(
@@ -123,23 +136,10 @@ def solve(
         >>> solution.x.round(4), int(solution.num_steps)
         (Array([1., 1., 0.], dtype=float32), 2)
     """
-    forms = _forms(M, damping, preconditioner=preconditioner, tolerance=tolerance,
-                   max_steps=max_steps)
-    damping = forms.read_damping(damping)
-    check_like(b, forms.structure, "b", "params")
-    solution, indefinite = _run(_solve, forms, damping, b)
-    raise_faults({_INDEFINITE: indefinite})
-    return solution
+    return _solution(M, b, damping, False, preconditioner=preconditioner, tolerance=tolerance,
+                     max_steps=max_steps)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a05
-@program
-def _solve_many(forms: MatrixForms, damping: Any, b: Any) -> tuple[Solution, jax.Array]:
-    "The same as `_solve`, for right-hand sides along an axis in front"
-    found, indefinite = forms.solve_many(damping, widen(b))
-    x = cast_like(found.x, b)
-    return Solution(x, found.residual, found.num_steps, found.converged), indefinite
-
-
 def solve_many(
     M: Operator,
     b: Any,
@@ -184,13 +184,8 @@ def solve_many(
                [2., 1.],
                [1., 2.]], dtype=float32)
     """
-    forms = _forms(M, damping, preconditioner=preconditioner, tolerance=tolerance,
-                   max_steps=max_steps)
-    damping = forms.read_damping(damping)
-    check_vectors(b, forms.structure, "params", "b")
-    solution, indefinite = _run(_solve_many, forms, damping, b)
-    raise_faults({_INDEFINITE: indefinite})
-    return solution
+    return _solution(M, b, damping, True, preconditioner=preconditioner, tolerance=tolerance,
+                     max_steps=max_steps)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa1000b
 @register_operator
@@ -487,11 +482,6 @@ def _check_k(k: Any, M: Operator, structure: Any) -> int:
         raise ValueError(f"k: got {k}, expected a whole number of at most {most} for this M")
     return k
 
-
-def _check_option(name: str, value: Any, expected: tuple[str, ...]) -> None:
-    if value not in expected:
-        raise ValueError(f"{name}: got {value!r}, expected {' or '.join(map(repr, expected))}")
-
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a09
 Method = Literal["lanczos", "lobpcg"]
 
@@ -567,7 +557,7 @@ def eigsh(
         >>> eigsh(A - 5 * A, k=2, which="LM")[0].round(3)
         Array([-16.,  -8.], dtype=float32)
     """
-    _check_option("which", which, get_args(Which))
+    check_choice(which, "which", get_args(Which))
     forms = closed_forms(M) if which == "LA" else None
     if forms is None: return _eigsh_by_products(M, k, which, method, key, tolerance, max_steps)
     _refuse_options(M, method=method, key=key, tolerance=tolerance, max_steps=max_steps)
@@ -585,7 +575,7 @@ def _eigsh_by_products(
     if isinstance(M, Gram):
         raise ValueError(f"which: got {which!r}, expected 'LA' for a Gram matrix, or its G for M")
     method = "lanczos" if method is None else method
-    _check_option("method", method, get_args(Method))
+    check_choice(method, "method", get_args(Method))
     forms = iterative_forms(M, tolerance=tolerance, max_steps=max_steps)
     k = _check_k(k, M, M.structure)
     if key is None: key = jax.random.key(0)

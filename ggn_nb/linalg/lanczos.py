@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .products import FlatProduct, is_traced, repeat_while
+from .products import FlatProduct, is_in_program, repeat_while
 from ..tools.programs import program
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10006
@@ -101,7 +101,7 @@ def _order(values: Any, which: Which, xp: Any) -> Any:
 
 def _sorted_eigh(matrix: jax.Array, which: Which) -> tuple[jax.Array, jax.Array]:
     "Eigenpairs of a small matrix, the most wanted first, computed in float64 where there is"
-    if is_traced(matrix):
+    if is_in_program(matrix):
         values, vectors = jnp.linalg.eigh(matrix.astype(jnp.result_type(float, matrix.dtype)))
         order = _order(values, which, jnp)
     else:
@@ -168,5 +168,5 @@ def lanczos_eigenpairs(
     search = Search(empty_basis(first, size), jnp.array(0), blank, blank, blank, jnp.array(0),
                     jnp.array(False))
     wanted = lambda s: ~s.done & (s.steps < max_steps)
-    in_program = is_traced((multiply, search))
+    in_program = is_in_program((multiply, search))
     return repeat_while(wanted, cycle, search, in_program=in_program, name="eigsh")

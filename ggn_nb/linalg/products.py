@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from ..operators.curvature import Curvature
 from ..operators.operator import Operator, ravel, unravel
-from ..tools.arrays import register_pytree, working_dtype
-from ..tools.progress import progress, progress_is_shown, step_of_progress
+from ..tools.arrays import is_traced, register_pytree, working_dtype
+from ..tools.progress import progress, step_of_progress
 
 # %% ../../nbs/linalg/04_products.ipynb #d7f50006
 def flat_damping(damping: Any, structure: Any, dtype: Any) -> jax.Array:
@@ -91,14 +91,13 @@ def repeat_while(
 ) -> Any:  # the last state
     "Take steps while they are wanted"
     if in_program: return jax.lax.while_loop(wanted, step, state)
-    is_shown = name is not None and progress_is_shown()
-    with progress(name) if is_shown else nullcontext():
+    with progress(name) if name else nullcontext():
         while wanted(state):
             state = step(state)
-            if is_shown: step_of_progress()
+            if name: step_of_progress()
     return state
 
 
-def is_traced(tree: Any) -> bool:
-    "Is this a program that is being traced, for the caller or for one of the arrays?"
-    return any(isinstance(x, jax.core.Tracer) for x in (*jax.tree.leaves(tree), jnp.zeros(())))
+def is_in_program(tree: Any) -> bool:
+    "Is a program being traced, by the caller or for one of the arrays?"
+    return is_traced((tree, jnp.zeros(())))

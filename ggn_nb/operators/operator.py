@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggn_nb.tools.arrays import (
-    as_array, register_pytree, vary_over, varying_axes, working_dtype,
+    as_array, is_traced, register_pytree, vary_over, varying_axes, working_dtype,
 )
 from ..tools.checks import check_like, check_scalar, check_size
 from ..tools.programs import program
@@ -288,7 +288,7 @@ def on_this_shard(operator: Operator, vec: Any = None) -> tuple[Operator, Any]:
 
 def _check_not_traced(vec: Any, name: str) -> None:
     "Raise `TypeError` where an operator on a stream meets a vector of a compiled function"
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(vec)):
+    if is_traced(vec):
         raise TypeError(f"{name}: got a traced array, expected numbers: an operator on a stream "
                         "multiplies outside of compiled functions. Give it to a solver that runs "
                         "on the host, such as those of scipy.sparse.linalg")

@@ -30,7 +30,7 @@ from ggn_nb.operators.operator import (
 )
 from .samples import Samples, count_samples, widen
 from .streamed import Streamed
-from ..tools.arrays import working_dtype
+from ..tools.arrays import is_traced, working_dtype
 from ..tools.checks import check_like, check_size
 from ..tools.programs import program
 
@@ -193,7 +193,7 @@ def with_root(
     "The operator, with an S for its loss: its own, or else from the eigenvalues of H"
     operator = _without_pairs(operator)
     if _brings_root(operator.problem.loss): return operator
-    traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(operator))
+    traced = is_traced(operator)
     problem, samples = _for_one_call(operator.problem, operator.samples)
     pred = _prediction_of(problem, samples)
     loss = _with_roots(problem.loss, not traced, pred, samples.target, *samples[2:])

@@ -50,6 +50,11 @@ def on_host(x: jax.Array) -> Any:
     "The numbers of `x` in NumPy, to compare without a program; a traced array as it is"
     return x if isinstance(x, jax.core.Tracer) else np.asarray(x)
 
+# %% ../../nbs/tools/01_arrays.ipynb #66bee172
+def is_traced(tree: Any) -> bool:
+    "Is one of the arrays that of a function which is being compiled?"
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
 # %% ../../nbs/tools/01_arrays.ipynb #6a259dcf
 def is_key(array: Any) -> bool:
     "Is it an array of JAX's own key type?"

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/tools/00_checks.ipynb #4b02b9d4
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -154,3 +155,10 @@ def check_flag(value: Any, name: str) -> bool:
     "`value`, if it is a truth value of Python or NumPy; `TypeError` otherwise"
     if isinstance(value, (bool, np.bool_)): return bool(value)
     raise TypeError(f"{name}: got {value!r}, expected True or False")
+
+# %% ../../nbs/tools/00_checks.ipynb #571b11dd
+def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:
+    "Raise `ValueError` unless `value` is one of the choices"
+    if value in choices: return
+    expected = " or ".join(map(repr, choices))
+    raise ValueError(f"{name}: got {value!r}, expected {expected}")
