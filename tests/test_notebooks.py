@@ -1,16 +1,21 @@
 """The notebooks: each one runs, is clean, and agrees with what is made from it."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from nbclient.exceptions import CellExecutionError
-from tools import NBS, ROOT, execute, notebooks, readme, sidebar
+from nbdev.config import get_config
+from nbdev.test import test_nb as run_cells
+from tools import NBS, ROOT, notebooks, readme, sidebar
 
 NAMES = [path.relative_to(NBS).as_posix() for path in notebooks()]
 GENERATED = {"_proc", "_docs", "build", "dist"}
@@ -48,14 +53,24 @@ def test_every_notebook_of_the_repository_is_run():
     assert sorted(NAMES) == sorted(tree)
 
 
+# Each notebook has a process of its own, which starts with the libraries that most import.
+FORK = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+PROCESSES = multiprocessing.get_context(FORK)
+PROCESSES.set_forkserver_preload(["ggn_nb", "matplotlib.pyplot", "nbdev.test"])
+
+
+def check_notebook(path: Path, flags: str) -> str:
+    """Run the cells of a notebook, as nbdev does; the traceback of the first that fails."""
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as errors:
+        passed, _ = run_cells(path, get_config().tst_flags.split(), flags.split())
+    return "" if passed else errors.getvalue()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, pytestconfig, monkeypatch):
     monkeypatch.chdir(ROOT)
-    failure = ""
-    try:
-        execute(NBS / name, pytestconfig.getoption("flags"))
-    except CellExecutionError as error:
-        failure = re.sub(r"\x1b\[[\d;]*m", "", str(error))
+    with ProcessPoolExecutor(1, PROCESSES) as process:
+        failure = process.submit(check_notebook, NBS / name, pytestconfig.getoption("flags")).result()
     if failure:
         pytest.fail(f"{name}\n{failure}", pytrace=False)
 
