@@ -3,6 +3,7 @@
 // and maybe in `also` other words for what the page is about.
 (() => {
   "use strict";
+  const IDLE = new Set("a an and are do does for how i in is it my of on or the to what which with".split(" "));
   const wordsOf = (text) => text.toLowerCase().split(/[^\p{L}\p{N}_]+/u).filter(Boolean);
   const partsOf = (words) => words.flatMap((word) => [word, ...word.split("_")]);
 
@@ -29,29 +30,33 @@
       });
     }
 
-    score(entry, words) {
-      let sum = 0;
-      for (const word of words) {
-        const page = entry.item.section ? 4 : 30;  // the title counts for the page's first entry
-        const found = Math.max(
-          entry.name === word ? 24 : entry.last === word ? 20 : 0,
-          12 * fit(word, entry.section), page * fit(word, entry.title), 2 * fit(word, entry.text),
-        );
-        if (!found) return 0;  // every word must be there
-        sum += found;
-      }
-      return sum / (1 + entry.item.rank);
+    score(entry, word) {
+      const page = entry.item.section ? 4 : 30;  // the title counts for the page's first entry
+      return Math.max(
+        entry.name === word ? 24 : entry.last === word ? 20 : 0,
+        12 * fit(word, entry.section), page * fit(word, entry.title), 2 * fit(word, entry.text),
+      ) / (1 + entry.item.rank);
+    }
+
+    // The entries that have all words, or with `some` any of them, best first.
+    hits(words, some = false) {
+      const scored = this.entries.map((entry) => [words.map((word) => this.score(entry, word)).filter(Boolean), entry]);
+      const enough = scored.filter(([found]) => found.length >= (some ? 1 : Math.max(1, words.length)));
+      const value = (found) => found.length * found.reduce((sum, score) => sum + score, 0);
+      return enough.map(([found, entry]) => [value(found), entry]).sort(([a], [b]) => b - a).map(([, entry]) => entry);
     }
 
     search(query, { limit }) {
-      const words = wordsOf(query);
+      const words = wordsOf(query).filter((word) => !IDLE.has(word));
+      const pieces = words.flatMap((word) => word.split("_")).filter(Boolean);
       const name = query.trim().toLowerCase().replace(/\(\)$/, "");
-      const scored = (list) => this.entries.map((entry) => [this.score(entry, list), entry]).filter(([score]) => score > 0);
       const isName = /^\w+(\.\w+)+$/.test(name);  // `Loss.value`, or `G.matmat` of an object
-      const attempts = [...(isName ? [[name], words.slice(-1)] : []), words, words.flatMap((word) => word.split("_")).filter(Boolean)];
-      const hits = attempts.map(scored).find((found) => found.length) || [];
-      hits.sort(([a], [b]) => b - a);
-      return hits.slice(0, limit).map(([, entry]) => ({ item: entry.item }));
+      const attempts = [...(isName ? [[[name]], [words.slice(-1)]] : []), [words], [pieces], [pieces, true]];
+      for (const attempt of attempts) {
+        const hits = this.hits(...attempt);
+        if (hits.length) return hits.slice(0, limit).map((entry) => ({ item: entry.item }));
+      }
+      return [];
     }
   }
   window.Fuse = Search;

@@ -412,6 +412,7 @@ WANTED = {  # what a user types, and how the addresses begin of which the first 
     "G.matmat": ("operators/operator.html#Operator.matmat",),
     "Loss.value": ("losses/loss.html#Loss.value",),
     "solve": ("linalg/functions.html#solve",),
+    "the diagonal of my Flax model": ("how-to/model_libraries.html", "layers/diagonal.html#diagonal"),
 }
 
 
