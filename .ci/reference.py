@@ -48,7 +48,7 @@ class Reference(Processor):
             return
         pictures = [kind for output in cell.get("outputs", []) for kind in output.get("data", {}) if kind.startswith("image/")]
         if pictures and "#| code-fold:" not in cell.source:
-            cell.source = '#| code-fold: true\n#| code-summary: "Code of the picture"\n' + cell.source
+            cell.source = "#| code-fold: true\n" + cell.source
 
 
 # Names and links
