@@ -126,11 +126,11 @@ def apart(markdown: str, page: str) -> str:
 def entry(module: str, name: str, page: str) -> str:
     """The entry of a function or class, with its methods."""
     value = getattr(importlib.import_module(module), name)
-    parts = [heading(3, name, page), described(value, name, page)]
+    parts = [f"### {name} {{#{name}}}", described(value, name, page)]
     if isinstance(value, type):
         for method, member in methods(value):
             full = f"{name}.{method}"
-            parts += [heading(4, full, page), described(member, full, page)]
+            parts += [f"#### {full} {{#{full}}}", described(member, full, page)]
     return f"::: {{.api}}\n\n[source]({source_of(module, name)}){{.api-source}}\n\n" + "\n\n".join(parts) + "\n\n:::"
 
 
@@ -142,13 +142,6 @@ def source_of(module: str, name: str) -> str:
     return f"{settings['git_url']}/blob/{settings['branch']}/{path}#L{number}"
 
 
-def heading(level: int, name: str, page: str) -> str:
-    """A heading with an anchor, and one in small letters, as nbdev writes them, where that is no other name's."""
-    small = name.lower()
-    taken = small == name or (small, page) in public_names()
-    return f"{'#' * level} {name} {{#{name}}}" + ("" if taken else f'\n\n<a id="{small}"></a>')
-
-
 def methods(cls: type) -> list[tuple[str, Any]]:
     """The documented methods and properties that a class has beyond those of its bases."""
     members = [(name, getattr(member, "__func__", member)) for name, member in vars(cls).items()]
@@ -158,7 +151,7 @@ def methods(cls: type) -> list[tuple[str, Any]]:
         if callable(member) or isinstance(member, property | functools.cached_property)
         if not isinstance(member, type) and own_doc(member)
         if not (name.startswith("_") and name != "__call__")
-        if not (name in cls.__annotations__ or is_documented(cls, name))
+        if not (name in inspect.get_annotations(cls) or is_documented(cls, name))
     ]
 
 
@@ -186,15 +179,15 @@ def described(value: Any, name: str, page: str) -> str:
             parts += [linked(escaped(text), page, own)]
             parts += [f"A kind of {linked(', '.join(f'`{base}`' for base in bases), page)}, with its methods."] * bool(bases)
         elif title.startswith("Arguments"):
-            rows, rest = table(text, name, parameters)
-            heads = "|argument|type and default|meaning|\n|:--|:--|:--|\n"
+            rows, rest = argument_rows(text, name, parameters)
             parts += [f"**{title}**"] * (title != "Arguments")
-            parts += [f"::: {{.api-arguments}}\n\n{heads}{linked(rows, page, own)}\n\n:::", linked(escaped(rest), page, own)]
+            parts += [linked(table("argument", rows), page, own), linked(escaped(rest), page, own)]
         elif title.startswith("Example"):
             parts += [f"**{title}**", f"```python\n{textwrap.dedent(text).strip()}\n```"]
         else:
             parts += [f"**{title}**", linked(escaped(text), page, own)]
-    parts += [attributes(value, name, page)]
+    if isinstance(value, type) and (rows := attribute_rows(value, name)):
+        parts += [linked(table("attribute", rows), page)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -212,24 +205,37 @@ def arguments_in(text: str) -> list[str]:
     return [name.lstrip("*") for head in heads for name in re.findall(r"`([^`]+)`", head)]
 
 
-def table(text: str, name: str, parameters: dict[str, inspect.Parameter]) -> tuple[str, str]:
-    """The rows of a list of arguments, and the text after the list."""
+def table(first: str, rows: list[list[str]]) -> str:
+    """Rows of three cells, under a head."""
+    head = [[first, "type and default", "meaning"], [":--"] * 3]
+    lines = ["|" + "|".join(cells) + "|" for cells in head + [[cell.replace("|", r"\|") for cell in row] for row in rows]]
+    return "::: {.api-arguments}\n\n" + "\n".join(lines) + "\n\n:::"
+
+
+def argument_rows(text: str, name: str, parameters: dict[str, inspect.Parameter]) -> tuple[list[list[str]], str]:
+    """A list of arguments as rows, with an anchor for each; and the text after the list."""
     text, _, rest = text.partition("\n\n")
     rows = []
     for item in re.split(r"^- ", text, flags=re.M)[1:]:
         head, _, meaning = item.partition(":")
         names = arguments_in(f"- {item}")
         anchor = "".join(f'<a id="{name}.{arg}"></a>' for arg in names)
-        kinds = [code(kind) for arg in names if (kind := kind_of(parameters.get(arg)))]
-        cells = [anchor + ", ".join(f"`{arg}`" for arg in re.findall(r"`([^`]+)`", head)), "<br>".join(kinds)]
-        cells.append(escaped(" ".join(meaning.split())))
-        rows.append("|" + "|".join(cell.replace("|", r"\|") for cell in cells) + "|")
-    return "\n".join(rows), rest
+        kinds = [f"`{kind}`" for arg in names if (kind := kind_of(parameters.get(arg)))]
+        rows.append([anchor + head.strip(), "<br>".join(kinds), escaped(" ".join(meaning.split()))])
+    return rows, rest
 
 
-def code(text: str) -> str:
-    """Text as code in a line of Markdown."""
-    return f"`{text}`"
+def attribute_rows(cls: type, name: str) -> list[list[str]]:
+    """What a class says of its attributes, each in a string after it."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    rows = []
+    for line, text in zip(body, body[1:], strict=False):
+        if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            kind = re.sub(r"^ClassVar\[(.*)\]$", r"\1", ast.unparse(line.annotation))
+            default = f" = {ast.unparse(line.value)}".replace("'", '"') if line.value else ""
+            anchor = f'<a id="{name}.{line.target.id}"></a>`{line.target.id}`'
+            rows.append([anchor, f"`{kind}{default}`", escaped(" ".join(text.value.value.split()))])
+    return rows
 
 
 def escaped(text: str) -> str:
@@ -237,25 +243,6 @@ def escaped(text: str) -> str:
     parts = re.split(r"(`[^`]*`)", text)
     parts[::2] = [re.sub(r'([*<>$"~\[\]^])', r"\\\1", part) for part in parts[::2]]
     return "".join(parts)
-
-
-def attributes(value: Any, name: str, page: str) -> str:
-    """A list of what a class says of its class variables, each in a string after it."""
-    if not isinstance(value, type):
-        return ""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(value))).body[0].body
-    except OSError:
-        return ""
-    rows = []
-    for line, text in zip(body, body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            kind = re.sub(r"^ClassVar\[(.*)\]$", r"\1", ast.unparse(line.annotation))
-            default = f" = {ast.unparse(line.value)}" if line.value else ""
-            cells = [f'<a id="{name}.{line.target.id}"></a>`{line.target.id}`', code(kind + default).replace("'", '"')]
-            rows.append("|" + "|".join([*cells, escaped(" ".join(text.value.value.split()))]) + "|")
-    heads = "|attribute|type and default|meaning|\n|:--|:--|:--|\n"
-    return f"::: {{.api-arguments}}\n\n{heads}" + linked("\n".join(rows), page) + "\n\n:::" if rows else ""
 
 
 # Signatures
