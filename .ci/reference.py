@@ -84,23 +84,30 @@ def anchors() -> dict[str, str]:
     return found
 
 
+@functools.cache
+def ambiguous() -> set[str]:
+    """What is also the name of a method or an argument."""
+    values = [getattr(importlib.import_module(module), name) for (name, _), module in public_names().items()]
+    return {name.partition(".")[2] for name in anchors()} | {name for value in values for name in parameters_of(value)}
+
+
 def floor(page: str) -> int:
     """How high the room of a page lies; tutorials and the like lie above all."""
-    folder = page.split("/")[0]
+    folder = page.partition("#")[0].partition("/")[0]
     return len(ROOMS) if folder == "demo.html" else ROOMS.index(folder) if folder in ROOMS else len(ROOMS) - 1
 
 
 def linked(markdown: str, page: str, own: tuple[str, ...] = ()) -> str:
     """Markdown in which names in backticks lead to their entries.
 
-    A page speaks of no room above its own: on a page about losses, `sample` is the method, and no function of linear algebra.
-    Headings, what is a link already, and the names in `own` stay as they are.
+    Where a name has two meanings, a page means none of a room above its own: on a page about losses, `sample` is the method, and
+    no function of linear algebra. Headings, what is a link already, and the names in `own` stay as they are.
     """
 
     def link(code: re.Match) -> str:
         name = code[1].removesuffix("()")
         target = anchors().get(name)
-        if target is None or name in own or floor(target.partition("#")[0]) > floor(page):
+        if target is None or name in own or name in ambiguous() and floor(target) > floor(page):
             return code[0]
         return f"[`{code[1]}`]({HOME}{target})"
 
