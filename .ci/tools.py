@@ -8,12 +8,15 @@ The Makefile calls these; the tests call the functions.
 """
 
 import argparse
+import functools
+import json
 import os
 import posixpath
 import re
 import shutil
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import nbformat
@@ -27,6 +30,7 @@ CONTENTS = [  # of nbs/ and of the site, in reading order: a page of its own, or
     ("tutorials", "Tutorials"),
     "demo.ipynb",
     ("how-to", "How-to"),
+    "api.ipynb",
     "map.ipynb",
     ("losses", "Losses"),
     ("operators", "Operators"),
@@ -36,6 +40,7 @@ CONTENTS = [  # of nbs/ and of the site, in reading order: a page of its own, or
     ("timing", "Timing"),
     ("tools", "Tools"),
 ]
+ALSO = {"tutorials/sequences.html": "mask padding"}  # other words for what a page is about, for the search
 
 
 def in_folder(folder: str) -> list[Path]:
@@ -44,11 +49,39 @@ def in_folder(folder: str) -> list[Path]:
 
 
 def notebooks() -> list[Path]:
-    """Every notebook of the project, in reading order."""
+    """Every notebook of the project; those of a folder in the order in which they build on each other."""
     found: list[Path] = []
     for entry in CONTENTS:
         found += [NBS / entry] if isinstance(entry, str) else in_folder(entry[0])
     return found
+
+
+@functools.cache
+def is_inside(path: Path) -> bool:
+    """Whether a notebook of a room defines no public name: its page comes last on the site."""
+    exported = re.compile(r"#\| export\s*\n(?:.*\n)*?(?:def|class) [^_]")
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    has_module = any("#| default_exp" in source for source in cells)
+    return has_module and not any(exported.match(source) for source in cells)
+
+
+def contents() -> list[tuple[str, list[Path]]]:
+    """The site's pages in reading order, by section, with what is inside a room after all else; "" holds a page of its own."""
+    found, inside = [], []
+    for entry in CONTENTS:
+        if isinstance(entry, str):
+            found.append(("", [NBS / entry]))
+            continue
+        folder, title = entry
+        hidden = [path for path in in_folder(folder) if is_inside(path)]
+        found.append((title, [path for path in in_folder(folder) if path not in hidden]))
+        inside += [(f"Inside: {title.lower()}", hidden)] if hidden else []
+    return found + inside
+
+
+def reading_order() -> list[Path]:
+    """The notebooks as the site leads through them."""
+    return [path for _, paths in contents() for path in paths]
 
 
 # Run
@@ -98,16 +131,12 @@ def run(paths: list[str], flags: str = "") -> None:
 
 def sidebar() -> str:
     """The site's contents as YAML: pages of their own, and one section for each folder."""
-    contents: list = []
-    for entry in CONTENTS:
-        if isinstance(entry, str):
-            contents.append(entry)
-            continue
-        folder, title = entry
-        pages = [path.relative_to(NBS).as_posix() for path in in_folder(folder)]
-        contents.append({"section": title, "contents": pages})
+    entries: list = []
+    for title, paths in contents():
+        pages = [path.relative_to(NBS).as_posix() for path in paths]
+        entries += [{"section": title, "contents": pages}] if title else pages
     head = "# Made from the notebooks' folders by `make prepare`.\n"
-    return head + yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False)
+    return head + yaml.safe_dump({"website": {"sidebar": {"contents": entries}}}, sort_keys=False)
 
 
 def readme() -> tuple[str, dict[str, bytes]]:
@@ -175,17 +204,22 @@ def docs() -> int:
     from smalldocs.site import Page, Site
 
     class NbdevSite(Site):
-        """A site with nbdev's page names, 03_ggn.ipynb as ggn.html, and arrays by their public name."""
+        """A site with nbdev's page names, 03_ggn.ipynb as ggn.html."""
 
         def read(self, src) -> Page:
             page = super().read(src)
             page.out = page.out.with_name(page.front.pop("output-file", page.out.name))
-            page.body = page.body.replace("jaxlib._jax.Array", "jax.Array")
             return page
 
         def warn(self, message: str) -> None:
             if "output-file" not in message:
                 super().warn(message)
+
+        def write_search(self) -> None:
+            super().write_search()
+            path = self.out / "search.json"
+            found = searchable(json.loads(path.read_text()), {p.out.as_posix(): p.html for p in self.pages.values()})
+            path.write_text(json.dumps(found, ensure_ascii=False))
 
     # Without digits allowed beside it, `$x$` at the start of a line that ends in a digit is not read as maths.
     plugin = markdown.dollarmath_plugin
@@ -199,32 +233,75 @@ def docs() -> int:
     return len(site.warnings)
 
 
+def searchable(entries: list[dict], pages: dict[str, str]) -> list[dict]:
+    """The entries of the search, with one for each argument, in the order and with the rank that .ci/search.js reads."""
+    import html
+
+    import ggn_nb.losses
+    import reference
+
+    text = lambda markup: " ".join(html.unescape(re.sub(r"<[^>]+>", " ", markup)).split())
+    titles = {entry["href"].partition("#")[0]: entry["title"] for entry in entries}
+    for page, body in pages.items():
+        for row in re.findall(r"<tr>(.*?)</tr>", body, flags=re.S):
+            for name in re.findall(r'<a id="([\w.]+)"></a>', row):
+                href = f"{page}#{name}"
+                entries.append({"objectID": href, "href": href, "title": titles[page], "section": name, "text": text(row)})
+    order = [_page(path) for path in reading_order()]
+    inside = {_page(path) for path in notebooks() if is_inside(path)}
+    names = [*ggn_nb.__all__, *ggn_nb.losses.__all__]
+
+    def place(entry: dict) -> tuple[int, ...]:
+        page, _, anchor = entry["href"].partition("#")
+        name = anchor.partition(".")[0]
+        return entry["rank"], names.index(name) if name in names else len(names), order.index(page)
+
+    for entry in entries:
+        entry["text"] = re.sub(r"\\([A-Za-z]{2,}) ?", letter, entry["text"])
+        page, _, anchor = entry["href"].partition("#")
+        room = page.split("/")[0]
+        public = anchor.partition(".")[0] in reference.public_by_page(page)
+        guide = room in ("tutorials", "how-to") or "/" not in page and page != "map.html"
+        if room in ("tools", "timing") or page in inside:
+            entry["rank"] = 4 if page in inside else 2
+        else:
+            entry["rank"] = 0 if guide else 0.2 if public else 1
+        if entry["href"] in ALSO:
+            entry["also"] = ALSO[entry["href"]]
+    return sorted(entries, key=place)
+
+
+def letter(command: re.Match) -> str:
+    """A command of TeX as plain text: a Greek letter as such, what sets the type as nothing, others by their name."""
+    name = command[1]
+    try:
+        return unicodedata.lookup(f"GREEK {'SMALL' if name.islower() else 'CAPITAL'} LETTER {name.upper()}")
+    except KeyError:
+        return "" if name in ("frac", "left", "right", "mathrm", "text", "mathbb", "top", "quad", "qquad", "big", "Big") else name + " "
+
+
+def _page(path: Path) -> str:
+    """The page of a notebook."""
+    from nbdev.doclinks import _nbpath2html
+
+    return _nbpath2html(path.relative_to(NBS)).as_posix()
+
+
 def one_host(site) -> None:
-    """Make the site whole: KaTeX and links between pages stay on its own host, and so do fonts."""
+    """Make the site whole: KaTeX and links between pages stay on its own host, and so do fonts; the search is its own."""
     from smalldocs.layout import KATEX
 
     shutil.copytree(NBS / "katex", DOCS / "site_libs" / "katex")
+    shutil.copy(ROOT / ".ci" / "search.js", DOCS / "site_libs" / "fuse" / "fuse.min.js")
     cfg = get_config()
     home = f"{cfg.doc_host}{cfg.doc_baseurl}/"
     pages = {page.out.as_posix(): (DOCS / page.out).read_text() for page in site.pages.values()}
-    entries = {name: set(re.findall(r'\bid="([^"]+)"', html)) for name, html in pages.items()}
     for name, html in pages.items():
-        html = without_dead_links(html, home, entries)
         up = "../" * name.count("/") or "./"
         html = html.replace(KATEX, up + "site_libs/katex").replace(f'href="{home}', f'href="{up}')
         (DOCS / name).write_text(html)
     for css in (DOCS / "site_libs" / "themes").glob("*.css"):
         css.write_text(re.sub(r"@import url\(https:[^)]*\);", "", css.read_text()))
-
-
-def without_dead_links(html: str, home: str, entries: dict[str, set[str]]) -> str:
-    """nbdev links every name in backticks that a module defines; a private one has no entry to lead to."""
-
-    def plain(link: re.Match) -> str:
-        page, name, code = link.groups()
-        return link[0] if name in entries[page] else code
-
-    return re.sub(rf'<a href="{re.escape(home)}([^"#]+)#([^"]+)"[^>]*>(<code>[^<]*</code>)</a>', plain, html)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def test_imports_have_no_circle():
 
 @pytest.fixture(scope="module")
 def page() -> dict[str, int]:
-    """The place in the reading order of the notebook that each module is exported from."""
+    """The place in the order of building of the notebook that each module is exported from."""
     order = [path.relative_to(NBS).as_posix() for path in notebooks()]
 
     def place(path: Path) -> int:

@@ -1,8 +1,10 @@
 """The built site: its links, its sources, and how it behaves in a browser."""
 
+import contextlib
 import functools
 import http.server
 import importlib
+import inspect
 import json
 import posixpath
 import re
@@ -13,14 +15,17 @@ import threading
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
+import ggn_nb.losses
 import pytest
+import reference
 from bs4 import BeautifulSoup
 from ggn_nb._modidx import d as index
 from nbdev.doclinks import _nbpath2html
-from tools import DOCS, NBS, ROOT, notebooks
+from tools import DOCS, NBS, ROOT, is_inside, notebooks, reading_order
 
 HOME = index["settings"]["doc_host"] + index["settings"]["doc_baseurl"] + "/"
-PAGES = [_nbpath2html(path.relative_to(NBS)).as_posix() for path in notebooks()]
+PAGES = [_nbpath2html(path.relative_to(NBS)).as_posix() for path in reading_order()]
+PUBLIC = [*ggn_nb.__all__, *ggn_nb.losses.__all__]
 SOURCE = f"{index['settings']['git_url']}/blob/{index['settings']['branch']}/"
 
 
@@ -73,9 +78,12 @@ def follow(base: str, page: BeautifulSoup, selector: str) -> str | None:
 
 
 def test_pages_lead_from_one_to_the_next(site):
-    """By the links at their feet, in reading order: the first tutorial comes after the home page, the tools come last."""
-    assert PAGES[:2] == ["index.html", "tutorials/first_product.html"]
-    assert PAGES[-1].startswith("tools/")
+    """By the links at their feet, in reading order: after the home page the tutorials, last what is inside the rooms."""
+    assert PAGES[0] == "index.html"
+    assert PAGES[1].startswith("tutorials/")
+    assert sorted(reading_order()) == sorted(notebooks())
+    inside = [is_inside(path) for path in reading_order()]
+    assert inside == sorted(inside)
     forwards = [follow(name, site[name], ".nav-page-next a") for name in PAGES]
     backwards = [follow(name, site[name], ".nav-page-previous a") for name in PAGES]
     assert forwards == [*PAGES[1:], None]
@@ -89,8 +97,10 @@ def test_sidebar_lists_every_page_in_reading_order(site):
 
 
 def test_home_page_leads_everywhere(site):
-    """It links every page, but one whose result does not exist yet."""
-    linked = {posixpath.normpath(url.partition("#")[0]) for url, _ in links(site["index.html"].select_one("main"))}
+    """It links every page, in its text or at its head, but one whose result does not exist yet."""
+    home = site["index.html"]
+    found = [*links(home.select_one("main")), *links(home.select_one(".navbar-nav"))]
+    linked = {posixpath.normpath(url.partition("#")[0]) for url, _ in found}
     assert set(PAGES) - linked == {"index.html", "timing/large.html"}
 
 
@@ -117,6 +127,14 @@ def test_internal_links_and_anchors_resolve(site):
     assert not broken
 
 
+def test_anchors_are_unique(site):
+    twice = []
+    for name, page in site.items():
+        anchors = [tag["id"] for tag in page.find_all(id=True)]
+        twice += [(name, anchor) for anchor in set(anchors) if anchors.count(anchor) > 1]
+    assert not twice
+
+
 def test_no_link_is_left_as_text(site):
     """A name in backticks gets a link of its own, so one within a link would leave the outer one as text."""
     left = []
@@ -141,29 +159,118 @@ def test_nothing_is_loaded_from_another_host(site):
     assert not re.findall(r"(?:@import|url\()\s*[\"']?(?:https?:)?//[^\"')]*", styles)
 
 
-def api() -> list[str]:
-    """Every exported function and class, as module.name."""
-    found = []
-    for module, symbols in index["syms"].items():
-        exported = getattr(importlib.import_module(module), "__all__", [])
-        found += [symbol for symbol in symbols if symbol.removeprefix(module + ".") in exported]
-    return found
+# The reference
+
+ENTRIES = sorted((module, name, page) for (name, page), module in reference.public_names().items())
 
 
-@pytest.mark.parametrize("symbol", api())
-def test_api_entry_links_to_its_source(symbol, site):
-    module, _, name = symbol.rpartition(".")
-    where, path = index["syms"][module][symbol]
-    page, _, anchor = where.partition("#")
-    assert site[page].find(id=anchor), f"{where} is not on the site"
-    heading = site[page].find("h3", string=name)  # not by its id: those of `MLP` and `mlp` differ by more than case
-    source = heading.find_previous("a", string="source")["href"]
+def box(site, page: str, name: str):
+    """The entry of a name, whose anchor is spelt as the name."""
+    heading = site[page].find(id=name)
+    assert heading is not None, f"{page} has no entry {name}"
+    return heading.find_parent(class_="api")
+
+
+@pytest.mark.parametrize(("module", "name", "page"), ENTRIES)
+def test_api_entry(module, name, page, site):
+    """It links to its source, its signature fits, and every parameter that its docstring explains is a row with an anchor."""
+    entry, value = box(site, page, name), getattr(importlib.import_module(module), name)
+    source = entry.find("a", string="source")["href"]
     file, _, line = source.partition("#L")
+    path = module.replace(".", "/") + ".py"
     assert file == SOURCE + path
     assert re.match(rf"(def|class) {name}\b", (ROOT / path).read_text().splitlines()[int(line) - 1])
+    signature = entry.pre.get_text()
+    assert re.match(rf"(?:class )?{name}\b", signature)
+    assert max(map(len, signature.splitlines())) <= 100
+    assert not re.findall(r"__main__|\bat 0x|jaxlib|\*args, \*\*kwargs|ggn_nb\.\w+\.\w+\.\w", entry.get_text())
+    assert not [text for text in entry.find_all(string=re.compile(r"\]\(")) if not text.find_parent("pre")]
+    assert "](" not in signature
+    explained = re.findall(r"^- `\**(\w+)`:", inspect.getdoc(value).partition("Arguments:")[2].partition("\n\n\n")[0], flags=re.M)
+    parameters = [each for each in explained if each in reference.parameters_of(value)]
+    assert [each for each in parameters if not entry.find(id=f"{name}.{each}")] == []
+    for title in ("Returns", "Raises", "Example"):
+        assert (f"\n{title}:\n" in f"\n{inspect.getdoc(value)}") <= (entry.find("strong", string=title) is not None)
+
+
+@pytest.mark.parametrize("name", ["Operator.matmat", "Operator.dense", "Loss.value", "Loss.hessian_mv", "Stream.source", "Solution.residual"])
+def test_methods_and_fields_have_entries(name, site):
+    page, _, _ = reference.anchors()[name.split(".")[0]].partition("#")
+    assert site[page].find(id=name)
+
+
+def test_reference_lists_the_public_names(site):
+    """Each once, with a link to its entry and the first sentence of its docstring."""
+    rows = {row.td.get_text(): row for row in site["api.html"].select("main tbody tr")}
+    assert {name for name in rows if "." not in name} == set(PUBLIC)
+    for name, row in rows.items():
+        assert posixpath.normpath(row.a["href"]) == reference.anchors()[name]
+        owner, _, method = name.partition(".")
+        value = getattr(ggn_nb if owner in ggn_nb.__all__ else ggn_nb.losses, owner)
+        doc = inspect.getdoc(getattr(value, method) if method else value).split("\n\n")[0]
+        plain = lambda text: re.sub(r"[\s`‘’'“”\"]", "", text)
+        assert plain(row.find_all("td")[1].get_text()) == plain(doc)
+
+
+def test_names_lead_to_their_own_entries(site):
+    """A name in backticks leads to the entry of that name, and one with two meanings to none in a room above the page."""
+    wrong = []
+    for base, page in site.items():
+        for link in page.select("main p a[href*='#'] > code, main li a[href*='#'] > code, main td a[href*='#'] > code"):
+            target = posixpath.normpath(urljoin(HOME + base, link.parent["href"])).split(HOME.partition("://")[2])[-1]
+            name = link.get_text().removesuffix("()")
+            above = reference.floor(target) > reference.floor(base) and base != "api.html"
+            if target != reference.anchors().get(name) or above and name in reference.ambiguous():
+                wrong.append((base, name, target))
+    assert not wrong
+
+
+# Pictures
+
+
+def pictures(site):
+    """Each picture of the pages, with its page and the cell that made it."""
+    for name, page in site.items():
+        for picture in page.select("main .cell-output img"):
+            yield name, picture, picture.find_parent(class_="cell")
+
+
+def test_pictures_have_alternative_text_and_folded_code(site):
+    found = list(pictures(site))
+    assert len(found) > 60
+    assert not [name for name, picture, _ in found if len(picture.get("alt", "")) < 30]
+    assert not [name for name, _, cell in found if cell.find("pre", class_="sourceCode") and not cell.find("details")]
+
+
+def test_no_picture_is_left_as_text(site):
+    assert not [name for name, page in site.items() if "<Figure size" in page.main.get_text()]
 
 
 # In a browser
+
+SMALL_PICTURES = """return [...document.querySelectorAll('main .cell-output img')].filter(
+    e => e.getBoundingClientRect().width < .6 * e.naturalWidth).map(e => [e.alt, e.naturalWidth])"""
+CUT_OFF = """return [...document.querySelectorAll('main pre, main .sd-table, main .math.display')].filter(
+    e => e.scrollWidth > e.clientWidth + 1 && e.checkVisibility()).map(e => e.textContent.trim().slice(0, 60))"""
+DIM = """
+const light = c => c.map(x => x / 255).map(x => x <= .04 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+const luminance = c => light(c).reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
+const read = text => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return [[r, g, b], a]; };
+const over = ([c, a], below) => c.map((x, i) => x * a + below[i] * (1 - a));
+const ground = e => { const [c, a] = read(getComputedStyle(e).backgroundColor);
+    return a === 1 || !e.parentElement ? over([c, a], [255, 255, 255]) : over([c, a], ground(e.parentElement)); };
+const found = [];
+for (const e of document.querySelectorAll('body *')) {
+    const text = [...e.childNodes].filter(n => n.nodeType === 3).map(n => n.data.trim()).join('');
+    if (!text || !e.checkVisibility({visibilityProperty: true}) || e.closest('.katex')) continue;
+    const below = ground(e), [c, a] = read(getComputedStyle(e).color);
+    let opacity = a;
+    for (let p = e; p; p = p.parentElement) opacity *= getComputedStyle(p).opacity;
+    const [x, y] = [luminance(over([c, opacity], below)), luminance(below)];
+    const contrast = (Math.max(x, y) + .05) / (Math.min(x, y) + .05);
+    if (contrast < 4.5) found.push([text.slice(0, 30), contrast]);
+}
+return found"""
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -237,16 +344,29 @@ def test_page_renders_its_maths(page, site, browser):
     assert not re.findall(r".*(?:\$|\\[\[\]()]|\\[a-zA-Z]{2,}).*", prose), "left as text"
 
 
+@contextlib.contextmanager
+def screen(browser, width: int):
+    """A window of this width, a phone's below 500 pixels."""
+    size = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_page_fits_a_phone(page, browser):
-    """Nothing but boxes that scroll by themselves is wider than a small screen."""
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    )
-    try:
+    """Nothing but boxes that scroll by themselves is wider than a small screen, and pictures stay legible in theirs."""
+    with screen(browser, 390):
         boxes = "[document.documentElement, document.querySelector('main')]"
         assert max(browser.execute_script(f"return {boxes}.map(e => e.scrollWidth)")) <= 390
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        assert browser.execute_script(SMALL_PICTURES) == []
+
+
+def test_page_fits_a_desktop(page, browser):
+    """At 1280 pixels nothing is cut off: no code, no table, no formula; and pictures are hardly made smaller."""
+    with screen(browser, 1280):
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 1280
+        assert browser.execute_script(CUT_OFF) == []
+        assert browser.execute_script(SMALL_PICTURES) == []
 
 
 def test_maths_is_found_where_the_notebooks_have_it(site):
@@ -256,16 +376,84 @@ def test_maths_is_found_where_the_notebooks_have_it(site):
     assert len(with_maths) == len(pages) > 0
 
 
-def test_search_finds_create_ggn_mv(address, browser):
+def search(browser, words: str) -> list[str]:
+    """The addresses that the search box of the present page offers, best first."""
     from selenium.webdriver.support.ui import WebDriverWait
 
-    browser.get(address)
     box = browser.find_element("css selector", ".smalldocs-search input")
-    box.send_keys("create_ggn_mv")
-    WebDriverWait(browser, 10).until(lambda b: b.find_elements("css selector", ".search-result"))
-    results = browser.find_elements("css selector", ".search-result")
-    assert any("create_ggn_mv" in result.text for result in results)
-    target = index["syms"]["ggn_nb.operators.ggn"]["ggn_nb.operators.ggn.create_ggn_mv"][0]
-    assert address + target in [result.get_attribute("href") for result in results]
-    browser.get(address + target)
-    assert browser.find_element("id", "create_ggn_mv").is_displayed()
+    browser.execute_script("document.querySelector('.smalldocs-search-results').innerHTML = ''; arguments[0].value = ''", box)
+    box.send_keys(words)
+    WebDriverWait(browser, 10).until(lambda b: b.find_elements("css selector", ".search-result, .search-none"))
+    return [result.get_attribute("href") for result in browser.find_elements("css selector", ".search-result")]
+
+
+@pytest.fixture(scope="module")
+def home(address, browser):
+    """The home page, loaded."""
+    browser.get(address)
+    return address
+
+
+WANTED = {  # what a user types, and how the addresses begin of which the first hit must be one
+    "create_ggn_mv": ("operators/ggn.html#create_ggn_mv",),
+    "diagonal": ("layers/diagonal.html#diagonal",),
+    "trace": ("layers/diagonal.html#trace",),
+    "laplace": ("tutorials/laplace.html",),
+    "influence": ("tutorials/influence.html", "applications/influence.html"),
+    "flax": ("how-to/model_libraries.html",),
+    "equinox": ("how-to/model_libraries.html",),
+    "memory": ("tutorials/large_data.html", "how-to/"),
+    "mask": ("tutorials/sequences.html",),
+    "install": ("how-to/", "index.html"),
+    "GPU": ("how-to/",),
+    "batch_size": ("operators/ggn.html#create_ggn_mv.batch_size",),
+    "cross_entropy": ("losses/cross_entropy.html#cross_entropy",),
+    "cross entropy": ("losses/cross_entropy.html",),
+    "ignore_index": ("losses/cross_entropy.html#cross_entropy.ignore_index",),
+    "G.matmat": ("operators/operator.html#Operator.matmat",),
+    "Loss.value": ("losses/loss.html#Loss.value",),
+    "solve": ("linalg/functions.html#solve",),
+    "the diagonal of my Flax model": ("how-to/model_libraries.html", "layers/diagonal.html#diagonal"),
+}
+
+
+@pytest.mark.parametrize("words", WANTED)
+def test_search_finds_first_what_a_user_wants(words, home, site, browser):
+    first = search(browser, words)[0].removeprefix(home)
+    assert first.startswith(WANTED[words])
+    assert not missing(first, "", site)
+
+
+def test_search_finds_what_is_inside_last(home, browser):
+    """For a word that all rooms use."""
+    hits = [url.removeprefix(home).partition("#")[0] for url in search(browser, "linearise")]
+    inside = [is_inside(dict(zip(PAGES, reading_order(), strict=True))[page]) for page in hits]
+    assert len(hits) > 5
+    assert inside == sorted(inside)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(scheme, address, browser):
+    """Text, links and search results have a contrast of at least 4.5."""
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        for name in ("operators/ggn.html", "losses/index.html", "tutorials/laplace.html"):
+            browser.get(address + name)
+            search(browser, "mask")
+            assert browser.execute_script(DIM) == []
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_list_of_pages_on_a_phone(address, browser):
+    """It covers the text under it, and begins below the header."""
+    with screen(browser, 390):
+        browser.get(address + "operators/ggn.html")
+        browser.find_element("css selector", ".quarto-btn-toggle").click()
+        top, header, alpha = browser.execute_script(
+            "const list = document.querySelector('#quarto-sidebar'), [first] = list.querySelectorAll('a');"
+            "const layers = getComputedStyle(list).background.match(/rgba?\\([^)]*\\)/g);"
+            "return [first.getBoundingClientRect().top, document.querySelector('#quarto-header').offsetHeight, layers.at(-1)]"
+        )
+        assert top >= header
+        assert not re.fullmatch(r"rgba\(.*, 0?\.\d+\)", alpha)
