@@ -215,17 +215,20 @@ def _solved_columns(M: Operator, root: SquareRoot, damping: Any) -> Iterator[tup
     "The columns in parts, (N, C, …) a leaf, and (M + δI)⁻¹ of them, likewise"
     for part in _in_parts(root):
         columns = _columns_of(part)
-        x = solve_many(M, _as_rows(columns), damping).x
-        yield columns, jax.tree.map(lambda a, like: a.reshape(like.shape), x, columns)
+        rows = jax.tree.map(lambda a, s: a.astype(s.dtype), _as_rows(columns), M.structure)
+        x = solve_many(M, rows, damping).x
+        as_columns = lambda a, like: a.reshape(like.shape).astype(like.dtype)
+        yield columns, jax.tree.map(as_columns, x, columns)
+
+
+_dot_with = program(project_on_columns)
 
 
 def _by_solving(M: Operator, left: SquareRoot, right: SquareRoot, damping: Any) -> jax.Array:
     "leftᵀ (M + δI)⁻¹ right, by solving for each column of the side that has fewer"
     if left.shape[1] < right.shape[1]: return _by_solving(M, right, left, damping).T
-    def products(x):
-        (found,) = jax.tree.leaves(left.T.matmat(_as_rows(x)))
-        return found.reshape(len(found), -1)
-    return jnp.concatenate([products(x) for _, x in _solved_columns(M, right, damping)]).T
+    solved = _solved_columns(M, right, damping)
+    return jnp.concatenate([_dot_with(left, _as_rows(x)) for _, x in solved]).T
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000040
 def _if_needed(needed: jax.Array, careful: Callable, found: jax.Array) -> jax.Array:

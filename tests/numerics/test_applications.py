@@ -158,7 +158,9 @@ def test_lower_precision(dtype):
     cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
     low = create_ggn_mv(model_fn, cast(PARAMS), cast(data), "mse")
     got = predictive_covariance(gram(low), low, cast(data["input"]), 1.0)
-    assert got.dtype == jnp.float32
+    blocks, low_blocks = (predictive_covariance(block_diagonal(of).dense_blocks(), of, x, 1.0) for of, x in ((G, data["input"]), (low, cast(data["input"]))))
+    assert got.dtype == low_blocks.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(low_blocks.astype(blocks.dtype) - blocks))) < (1e-4 if dtype == "float32" else 0.1) * float(jnp.max(blocks))
     assert float(jnp.max(jnp.abs(got.astype(want.dtype) - want))) < (1e-4 if dtype == "float32" else 0.1) * float(jnp.max(want))
 
 
