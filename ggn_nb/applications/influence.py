@@ -50,8 +50,9 @@ def influence(M: Operator, G: Operator, queries: Any, damping: Any) -> jax.Array
 
     Returns:
 
-    An array of shape (Q, N), in float32 or better. From a `Gram` matrix it has an error of about
-    the rounding error times |∇ℓ_q| |∇ℓ_n| / damping.
+    An array of shape (Q, N), in float32 or better. From a `Gram` matrix it has an error
+    of about the rounding error times √(λ / damping), for the largest eigenvalue λ of M, relative to
+    the root of the influences of q and n on themselves.
 
     Raises:
 

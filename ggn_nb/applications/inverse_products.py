@@ -6,21 +6,29 @@
 __all__ = []
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000002
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ggn_nb.layers.gram import Gram, check_bytes, cross_gram, map_pairs
-from ggn_nb.layers.model_pairs import ModelPairs, leaf_gradients
+from ggn_nb.layers.columns import RootColumns
+from ggn_nb.layers.gram import (
+    Gram, calls_and_columns, check_bytes, combine_columns, cross_gram, map_pairs,
+    project_on_columns,
+)
+from ggn_nb.layers.inner import inner_products
+from ggn_nb.layers.model_pairs import ModelPairs, leaf_gradients, pairs_of
 from ggn_nb.linalg.closed_forms import positive_number
 from ggn_nb.linalg.functions import solve_many
+from ggn_nb.operators.chunks import map_over_chunks
 from ggn_nb.operators.curvature import Curvature, Problem
 from ggn_nb.operators.operator import Operator
 from ggn_nb.operators.samples import Samples, count_samples
 from ggn_nb.operators.square_root import SquareRoot
 from ggn_nb.operators.streamed import Streamed
+from ggn_nb.tools.arrays import is_traced
 from ggn_nb.tools.programs import program
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000021
@@ -43,8 +51,8 @@ def gradients_of(pairs: ModelPairs, root: SquareRoot) -> Any:
         return scale.astype(gradients.dtype) * gradients
     return treedef.unflatten(map(of_leaf, pairs.leaves, pairs.structures))
 
-# %% ../../nbs/applications/00_inverse_products.ipynb #a9000013
-def by_woodbury(
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000031
+def _by_woodbury(
     inner: jax.Array,  # BᵀC
     left: jax.Array,  # BᵀA U
     right: jax.Array,  # CᵀA U
@@ -52,59 +60,183 @@ def by_woodbury(
     damping: jax.Array,
 ) -> jax.Array:
     "Bᵀ (A Aᵀ + δI)⁻¹ C"
-    damping = damping.astype(inner.dtype)
     inside = jnp.matmul(left / (eigenvalues + damping)[None], right.T, precision="highest")
     return (inner - inside) / damping
 
-# %% ../../nbs/applications/00_inverse_products.ipynb #a900000a
-@program
-def _by_gram(K: Gram, left: SquareRoot, right: SquareRoot, damping: jax.Array) -> jax.Array:
-    "leftᵀ (G + δI)⁻¹ right, for G = A Aᵀ and the Gram matrix of A"
-    eigenvalues, U = K.eigh()
-    in_left, in_right = (cross_gram(root, K.root) @ U for root in (left, right))
-    return by_woodbury(cross_gram(left, right), in_left, in_right, eigenvalues, damping)
 
-# %% ../../nbs/applications/00_inverse_products.ipynb #a900000b
+def _cancels(
+    norms: jax.Array, left: jax.Array, eigenvalues: jax.Array, damping: jax.Array
+) -> jax.Array:
+    "Does the difference lose a sixth of the digits for some column with this squared norm?"
+    rest = norms - jnp.sum(jnp.square(left) / (eigenvalues + damping)[None], axis=1)
+    return jnp.any(rest < jnp.finfo(norms.dtype).eps ** (1 / 6) * norms)
+
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000032
+def _in_eigenvectors(K: Gram, root: SquareRoot) -> jax.Array:  # (M_root, M)
+    "rootᵀ A U"
+    return jnp.matmul(cross_gram(root, K.root), K.eigh()[1], precision="highest")
+
+
+def _own_products(root: SquareRoot) -> jax.Array:  # (N, C, C)
+    "The inner products between the columns of each sample"
+    one = lambda pairs: jax.tree.map(lambda a: a[None], pairs)
+    own = map_pairs(jax.vmap(lambda pairs: inner_products(one(pairs), one(pairs))), root)
+    return root.operator.problem.factor.astype(own.dtype) * own
+
+
+def _norms(own: jax.Array) -> jax.Array:
+    return jnp.diagonal(own, axis1=1, axis2=2).ravel()
+
+
+@program
+def _by_gram(
+    K: Gram, left: SquareRoot, right: SquareRoot, damping: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    "leftᵀ (G + δI)⁻¹ right; leftᵀ A U, rightᵀ A U; does it cancel?"
+    eigenvalues = K.eigh()[0]
+    in_left, in_right = _in_eigenvectors(K, left), _in_eigenvectors(K, right)
+    found = _by_woodbury(cross_gram(left, right), in_left, in_right, eigenvalues, damping)
+    norms = _norms(_own_products(left))
+    return found, in_left, in_right, _cancels(norms, in_left, eigenvalues, damping)
+
+
+@program
+def _blocks_by_gram(
+    K: Gram, root: SquareRoot, damping: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    "The diagonal blocks of rootᵀ (G + δI)⁻¹ root; rootᵀ A U; do they cancel?"
+    eigenvalues, own = K.eigh()[0], _own_products(root)
+    inside = _in_eigenvectors(K, root)
+    by_sample = inside.reshape(*own.shape[:2], -1)
+    found = jax.vmap(_by_woodbury, (0, 0, 0, None, None))(
+        own, by_sample, by_sample, eigenvalues, damping)
+    return found, inside, _cancels(_norms(own), inside, eigenvalues, damping)
+
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000034
 _NUMBERS_AT_ONCE = 2**26
 
 
+def _samples_at_once(root: SquareRoot) -> int | None:
+    "How many samples have gradients that may be held together; None: all, the model sees them so"
+    if not root.operator.problem.vmap_over_data: return None
+    return max(1, _NUMBERS_AT_ONCE // (root.shape[0] * calls_and_columns(root)[1]))
+
+
+def _as_rows(columns: Any) -> Any:
+    "(N, C, …) as (N C, …)"
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), columns)
+
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000035
+_matmul = partial(jnp.matmul, precision="highest")
+
+
+def _beside_span(
+    K: Gram, b: Any, inside: jax.Array, damping: jax.Array
+) -> tuple[Any, jax.Array]:
+    "e = b − A u and (Λ + δI)⁻¹ Uᵀ g, g = Aᵀ e − δu, for each row of b; u solves (K + δI) u = Aᵀ b"
+    eigenvalues, U = K.eigh()
+    def step(_, state):
+        e, u, correction = state
+        change = _matmul(correction, U.T)
+        e = jax.tree.map(jnp.subtract, e, combine_columns(K.root, change))
+        u = u + change
+        g = project_on_columns(K.root, e) - damping * u
+        return e, u, _matmul(g, U) / (eigenvalues + damping)[None]
+    start = b, jnp.zeros_like(inside), inside / (eigenvalues + damping)[None]
+    e, _, correction = jax.lax.fori_loop(0, 3, step, start)
+    return e, correction
+
+
+def _map_columns(
+    fn: Callable,  # (b, bᵀ A U, e, (Λ + δI)⁻¹ Uᵀ g) of some samples -> results with a row for each
+    K: Gram, root: SquareRoot, inside: jax.Array, damping: jax.Array,
+) -> jax.Array:
+    "`fn` of the columns b of a root, and of what is beside the span of A"
+    number = calls_and_columns(root)
+    def of_part(problem, part):
+        samples, inside = part
+        b = gradients_of(pairs_of(problem, samples, RootColumns()), root)
+        e, correction = _beside_span(K, _as_rows(b), _as_rows(inside), damping)
+        by_sample = lambda a: a.reshape(-1, number[1], *a.shape[1:])
+        return fn(b, inside, *jax.tree.map(by_sample, (e, correction)))
+    G, inside = root.operator, inside.reshape(*number, -1)
+    return map_over_chunks(of_part, G.problem, (G.samples, inside), _samples_at_once(root))
+
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000036
 @program
-def columns_of(root: SquareRoot) -> Any:
+def _dot_columns(columns: Any, x: Any) -> jax.Array:
+    "The inner products between trees with axes (N, C) in front: (N, C, C)"
+    flat = lambda a: a.reshape(*a.shape[:2], -1)
+    dots = lambda a, b: jnp.einsum("ncp,ndp->ncd", flat(a), flat(b), precision="highest")
+    return sum(jax.tree.leaves(jax.tree.map(dots, columns, x)))
+
+
+@program
+def _blocks_by_gradients(
+    K: Gram, root: SquareRoot, inside: jax.Array, damping: jax.Array
+) -> jax.Array:
+    "The diagonal blocks of rootᵀ (G + δI)⁻¹ root, without a difference of large numbers"
+    def blocks(b, inside, e, correction):
+        return (_dot_columns(b, e) - _dot_columns(inside, correction)) / damping
+    return _map_columns(blocks, K, root, inside, damping)
+
+
+@program
+def _by_gradients(
+    K: Gram, left: SquareRoot, right: SquareRoot, in_left: jax.Array, in_right: jax.Array,
+    damping: jax.Array,
+) -> jax.Array:
+    "leftᵀ (G + δI)⁻¹ right, likewise, by the gradients of the left side"
+    def rows(b, inside, e, correction):
+        products = project_on_columns(right, _as_rows(e))
+        found = (products - _matmul(_as_rows(correction), in_right.T)) / damping
+        return found.reshape(*inside.shape[:2], -1)
+    return _map_columns(rows, K, left, in_left, damping).reshape(left.shape[1], right.shape[1])
+
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000038
+@program
+def _columns_of(root: SquareRoot) -> Any:
     "All columns as trees like the parameters, (N, C, …) a leaf"
     return map_pairs(lambda pairs: gradients_of(pairs, root), root)
 
 
-def in_parts(root: SquareRoot) -> Iterator[SquareRoot]:
+def _in_parts(root: SquareRoot) -> Iterator[SquareRoot]:
     "The square roots of as many samples at a time as have gradients that fit in memory"
-    G = root.operator
-    if not G.problem.vmap_over_data:
+    G, size = root.operator, _samples_at_once(root)
+    if size is None:
         yield root
         return
-    num_samples = count_samples(G.samples, Samples._fields)
-    size = max(1, _NUMBERS_AT_ONCE // (root.shape[0] * (root.shape[1] // num_samples)))
-    for start in range(0, num_samples, size):
+    for start in range(0, count_samples(G.samples, Samples._fields), size):
         part = jax.tree.map(lambda leaf: leaf[start : start + size], G.samples)
         yield SquareRoot(type(G)(G.problem, part))
 
 
-def solved_columns(M: Operator, root: SquareRoot, damping: Any) -> Iterator[tuple[Any, Any]]:
+def _solved_columns(M: Operator, root: SquareRoot, damping: Any) -> Iterator[tuple[Any, Any]]:
     "The columns in parts, (N, C, …) a leaf, and (M + δI)⁻¹ of them, likewise"
-    for part in in_parts(root):
-        columns = columns_of(part)
-        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), columns)
+    for part in _in_parts(root):
+        columns = _columns_of(part)
+        rows = jax.tree.map(lambda a, s: a.astype(s.dtype), _as_rows(columns), M.structure)
         x = solve_many(M, rows, damping).x
-        yield columns, jax.tree.map(lambda a, like: a.reshape(like.shape), x, columns)
+        as_columns = lambda a, like: a.reshape(like.shape).astype(like.dtype)
+        yield columns, jax.tree.map(as_columns, x, columns)
 
-# %% ../../nbs/applications/00_inverse_products.ipynb #a900000c
+
+_dot_with = program(project_on_columns)
+
+
 def _by_solving(M: Operator, left: SquareRoot, right: SquareRoot, damping: Any) -> jax.Array:
-    "leftᵀ (M + δI)⁻¹ right, by solving for each column of `right`"
-    def products(x):
-        rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), x)
-        (found,) = jax.tree.leaves(left.T.matmat(rows))
-        return found.reshape(len(found), -1)
-    return jnp.concatenate([products(x) for _, x in solved_columns(M, right, damping)]).T
+    "leftᵀ (M + δI)⁻¹ right, by solving for each column of the side that has fewer"
+    if left.shape[1] < right.shape[1]: return _by_solving(M, right, left, damping).T
+    solved = _solved_columns(M, right, damping)
+    return jnp.concatenate([_dot_with(left, _as_rows(x)) for _, x in solved]).T
 
-# %% ../../nbs/applications/00_inverse_products.ipynb #a900000d
+# %% ../../nbs/applications/00_inverse_products.ipynb #a9000040
+def _if_needed(needed: jax.Array, careful: Callable, found: jax.Array) -> jax.Array:
+    "What was found, or else what `careful()` finds"
+    if is_traced(needed): return jax.lax.cond(needed, careful, lambda: found)
+    return careful() if needed else found
+
+
 def inverse_products(
     M: Operator,  # a Gram matrix stands for A Aᵀ
     left: SquareRoot,  # of one array for each sample
@@ -114,4 +246,17 @@ def inverse_products(
     "leftᵀ (M + δI)⁻¹ right"
     if not isinstance(M, Gram): return _by_solving(M, left, right, damping)
     check_bytes(left.shape[1], right.shape[1] + M.root.shape[1], M.matrix.dtype)
-    return _by_gram(M, left, right, positive_number(damping, left.operator.structure))
+    damping, K = positive_number(damping, left.operator.structure), M.with_eigh()
+    found, in_left, in_right, cancels = _by_gram(K, left, right, damping)
+    careful = lambda: _by_gradients(K, left, right, in_left, in_right, damping)
+    return _if_needed(cancels, careful, found)
+
+
+def inverse_blocks(M: Operator, root: SquareRoot, damping: Any) -> jax.Array:  # (N, C, C)
+    "The diagonal blocks of rootᵀ (M + δI)⁻¹ root, one for each sample"
+    if not isinstance(M, Gram):
+        parts = _solved_columns(M, root, damping)
+        return jnp.concatenate([_dot_columns(*part) for part in parts])
+    damping, K = positive_number(damping, root.operator.structure), M.with_eigh()
+    found, inside, cancels = _blocks_by_gram(K, root, damping)
+    return _if_needed(cancels, lambda: _blocks_by_gradients(K, root, inside, damping), found)

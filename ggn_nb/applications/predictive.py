@@ -13,12 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ggn_nb.applications.inverse_products import (
-    by_woodbury, inverse_products, problem_of, solved_columns,
-)
-from ggn_nb.layers.gram import Gram, cross_gram, map_pairs
-from ggn_nb.layers.inner import inner_products
-from ggn_nb.linalg.closed_forms import positive_number
+from ggn_nb.applications.inverse_products import inverse_blocks, inverse_products, problem_of
 from ggn_nb.losses.create import create_loss
 from ggn_nb.operators.curvature import Problem, on_samples
 from ggn_nb.operators.ggn import GGN
@@ -27,7 +22,6 @@ from ggn_nb.operators.samples import read_samples
 from ggn_nb.operators.square_root import SquareRoot, square_root
 from ggn_nb.operators.streams import Stream
 from ggn_nb.tools.checks import check_flag
-from ggn_nb.tools.programs import program
 
 # %% ../../nbs/applications/10_predictive.ipynb #a9100006
 def jacobian_root(problem: Problem, inputs: Any) -> SquareRoot:
@@ -45,34 +39,6 @@ def jacobian_root(problem: Problem, inputs: Any) -> SquareRoot:
     problem = replace(problem, loss=create_loss("none"), factor=jnp.ones_like(problem.factor),
                       head_scales=None)
     return square_root(on_samples(GGN, problem, samples, weigh=False)[0])
-
-# %% ../../nbs/applications/10_predictive.ipynb #a910000a
-def _own_products(root: SquareRoot) -> jax.Array:  # (N, C, C)
-    "The inner products between the columns of each sample"
-    one = lambda pairs: jax.tree.map(lambda a: a[None], pairs)
-    return map_pairs(jax.vmap(lambda pairs: inner_products(one(pairs), one(pairs))), root)
-
-
-@program
-def _blocks_by_gram(K: Gram, root: SquareRoot, damping: jax.Array) -> jax.Array:
-    "The diagonal blocks of rootᵀ (G + δI)⁻¹ root by the Gram matrix"
-    eigenvalues, U = K.eigh()
-    own = _own_products(root)
-    inside = (cross_gram(root, K.root) @ U).reshape(*own.shape[:2], -1)
-    return jax.vmap(by_woodbury, (0, 0, 0, None, None))(own, inside, inside, eigenvalues, damping)
-
-# %% ../../nbs/applications/10_predictive.ipynb #a910000b
-@program
-def _dot_columns(columns: Any, x: Any) -> jax.Array:
-    "The inner products between trees with axes (N, C) in front: (N, C, C)"
-    flat = lambda a: a.reshape(*a.shape[:2], -1)
-    dots = jax.tree.map(lambda a, b: jnp.einsum("ncp,ndp->ncd", flat(a), flat(b)), columns, x)
-    return sum(jax.tree.leaves(dots))
-
-
-def _blocks_by_solving(M: Operator, root: SquareRoot, damping: Any) -> jax.Array:
-    "The diagonal blocks of rootᵀ (M + δI)⁻¹ root by solving for each column"
-    return jnp.concatenate([_dot_columns(*part) for part in solved_columns(M, root, damping)])
 
 # %% ../../nbs/applications/10_predictive.ipynb #a910000c
 def predictive_covariance(
@@ -97,8 +63,8 @@ def predictive_covariance(
     Returns:
 
     For predictions of shape S, the covariance of shape (N, *S, *S), symmetric, in float32 or
-    better. With `joint=True` of shape (N, *S, N, *S). From a `Gram` matrix it has an error of about
-    the rounding error times |J|² / damping.
+    better. With `joint=True` of shape (N, *S, N, *S). From a `Gram` matrix its relative error is at
+    most about the rounding error times √(λ / damping), for the largest eigenvalue λ of M.
 
     Raises:
 
@@ -121,9 +87,7 @@ def predictive_covariance(
     if joint or not root.operator.problem.vmap_over_data:
         found = inverse_products(M, root, root, damping).reshape(*shape, *shape)
         if not joint: found = jnp.moveaxis(jnp.diagonal(found, axis1=0, axis2=len(shape)), -1, 0)
-    elif isinstance(M, Gram):
-        found = _blocks_by_gram(M, root, positive_number(damping, root.operator.structure))
-    else: found = _blocks_by_solving(M, root, damping)
+    else: found = inverse_blocks(M, root, damping)
     size, lead = (prod(shape), ()) if joint else (prod(shape[1:]), shape[:1])
     found = found.reshape(*lead, size, size)
     found = (found + found.swapaxes(-1, -2)) / 2

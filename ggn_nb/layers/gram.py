@@ -19,13 +19,13 @@ from .columns import RootColumns
 from .diagonal import diagonal, known_diagonal
 from .eigh import symmetric_eigh
 from .inner import inner_products
-from .model_pairs import pairs_of
+from .model_pairs import combine, pairs_of, project
 from .sums import samples_at_once
-from ..operators.chunks import map_over_chunks
+from ..operators.chunks import map_over_chunks, sum_over_chunks
 from ..operators.curvature import on_samples
 from ..operators.ggn import GGN
 from ..operators.operator import Operator, ravel, register_operator, unravel
-from ..operators.samples import read_samples
+from ..operators.samples import Samples, count_samples, read_samples
 from ..operators.square_root import SquareRoot, square_root
 from ..operators.streamed import Streamed
 from ..operators.streams import Stream
@@ -74,6 +74,45 @@ def _gram_matrix(root: SquareRoot) -> jax.Array:  # (M, M)
     "rootᵀ root, exactly symmetric"
     K = cross_gram(root, root)
     return (K + K.T) / 2
+
+# %% ../../nbs/layers/30_gram.ipynb #1a300022
+_VECTORS_AT_ONCE = 16
+
+
+def calls_and_columns(root: SquareRoot) -> tuple[int, int]:
+    "In how many samples, each with how many columns, the model is called"
+    problem, samples = root.operator.problem, root.operator.samples
+    number = count_samples(samples, Samples._fields) if problem.vmap_over_data else 1
+    return number, root.shape[1] // number
+
+
+def combine_columns(root: SquareRoot, us: jax.Array) -> Any:  # trees (K, …) for (K, M)
+    "A u for each row u, in float32 or better"
+    problem, samples = root.operator.problem, root.operator.samples
+    def add_up(part):
+        pairs = pairs_of(problem, part[0], RootColumns())
+        def one(u):
+            found = dict(enumerate(jnp.zeros(s.shape, s.dtype) for s in pairs.structures))
+            return list((found | combine(pairs.all, u, pairs.structures)).values())
+        with jax.default_matmul_precision("highest"):
+            return jax.lax.map(one, part[1].swapaxes(0, 1), batch_size=_VECTORS_AT_ONCE)
+    back = np.argsort(np.arange(root.shape[1])[_in_order(root)])
+    by_sample = jnp.moveaxis(us[:, back].reshape(len(us), *calls_and_columns(root)), 0, 1)
+    size = samples_at_once(problem, samples, RootColumns()) if problem.vmap_over_data else None
+    leaves = sum_over_chunks(add_up, (samples, by_sample), size)
+    scaled = [jnp.sqrt(problem.factor).astype(leaf.dtype) * leaf for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(root.operator.structure), scaled)
+
+
+def project_on_columns(root: SquareRoot, vecs: Any) -> jax.Array:  # (K, M) for trees (K, …)
+    "Aᵀ v for each of K vectors, in float32 or better"
+    def rows(pairs):
+        one = lambda leaves: project(pairs.all, leaves)
+        with jax.default_matmul_precision("highest"):
+            found = jax.lax.map(one, jax.tree.leaves(vecs), batch_size=_VECTORS_AT_ONCE)
+        return found.swapaxes(0, 1)
+    found = jnp.moveaxis(map_pairs(rows, root), 0, 1).reshape(-1, root.shape[1])
+    return jnp.sqrt(root.operator.problem.factor).astype(found.dtype) * found[:, _in_order(root)]
 
 # %% ../../nbs/layers/30_gram.ipynb #1a30000e
 @register_operator

@@ -18,7 +18,7 @@ import numpy as np
 from ..layers.dense_blocks import DenseBlocks
 from ..layers.eigh import symmetric_eigh, zero_below
 from .closed_forms import ClosedForms, closed_forms
-from .matrix_functions import inverse_root
+from .matrix_functions import INVERSE_ROOT, times_function
 from ..losses.weights import raise_faults
 from ..tools.arrays import register_pytree, working_dtype
 
@@ -61,10 +61,10 @@ class BlockForms(ClosedForms):
         return self._on_blocks(times, vec, self.operator.blocks)
 
     def inverse_root(self, damping: Any, vec: Any) -> Any:
-        def times(values, U, part):
-            root = inverse_root(values, damping.astype(values.dtype))
-            return matvec(U, root * matvec(U.T, part))
-        return self._on_blocks(times, vec, self.eigenvalues, self.vectors)
+        def times(block, values, U, part):
+            own = damping.astype(values.dtype)
+            return times_function(INVERSE_ROOT, block, (values, U), own, part)
+        return self._on_blocks(times, vec, self.operator.blocks, self.eigenvalues, self.vectors)
 
     def _on_blocks(self, fn: Callable, vec: Any, *parts: Any) -> Any:
         "`fn(*parts, entries)` for the parts and the entries of each block"

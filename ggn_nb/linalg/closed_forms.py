@@ -78,10 +78,10 @@ class ClosedForms(MatrixForms):
         return self.inverse_root(damping, self.inverse_root(damping, vec))
 
     def solve(self, damping: Any, b: Any) -> tuple["Solution", jax.Array]:
-        return refined_solution(self, damping, b), jnp.array(False)
+        return solution_with_slopes(self, damping, b), jnp.array(False)
 
     def solve_many(self, damping: Any, bs: Any) -> tuple["Solution", jax.Array]:
-        return jax.vmap(partial(refined_solution, self, damping))(bs), jnp.array(False)
+        return jax.vmap(partial(solution_with_slopes, self, damping))(bs), jnp.array(False)
 
 # %% ../../nbs/linalg/01_closed_forms.ipynb #1fa01007
 def widen_structure(structure: Any) -> Any:
@@ -165,6 +165,16 @@ def refined_solution(forms: ClosedForms, damping: Any, b: Any) -> Solution:
     x, r = jax.lax.fori_loop(0, 1 + _REFINEMENTS, step, start)
     size = norm(b)
     return Solution(x, jnp.where(size > 0, norm(r) / jnp.where(size > 0, size, 1), 0))
+
+# %% ../../nbs/linalg/01_closed_forms.ipynb #1fa01021
+def solution_with_slopes(forms: ClosedForms, damping: Any, b: Any) -> Solution:
+    "The refined solution, with derivatives of `x`"
+    def solve(_, b):
+        found = refined_solution(forms, damping, b)
+        return found.x, found.residual
+    multiply = partial(forms.multiply, damping)
+    x, residual = jax.lax.custom_linear_solve(multiply, b, solve, symmetric=True, has_aux=True)
+    return Solution(x, residual)
 
 # %% ../../nbs/linalg/01_closed_forms.ipynb #1fa01013
 @singledispatch

@@ -8,7 +8,7 @@ __all__ = ['solve', 'solve_many', 'inverse', 'inverse_sqrt', 'logdet', 'sample',
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10002
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import ggn_nb.linalg.low_rank
 from ..layers.diagonal import Estimate
 from ..layers.gram import Gram
 from ..layers.probes import mean_and_error
+from .conjugate_gradients import row_norms
 from .closed_forms import ClosedForms, MatrixForms, Solution, closed_forms
 from .frobenius_norm import check_probes
 from .iterative_forms import IterativeForms, iterative_forms, split_damping
@@ -30,6 +31,7 @@ from ..losses.weights import raise_faults
 from ..operators.fisher import check_key, check_one_key
 from ..operators.operator import Operator, check_vectors, register_operator
 from ..operators.samples import cast_like, widen
+from ..tools.arrays import is_traced
 from ..tools.checks import check_choice, check_like, check_size
 from ..tools.programs import program
 
@@ -299,11 +301,12 @@ def inverse_sqrt(
     An operator R on trees like the parameters, with R R = (M + δI)⁻¹. From closed forms it is
     not refined: in the direction of an eigenvalue λ its relative error is about the rounding
     error times √(λ / δ). By products it is Lanczos; NaN where the result still changes after
-    `max_steps`.
+    `max_steps`. Products with R can be differentiated by the vector and the damping; from closed
+    forms also by the arrays of M.
 
     Raises:
 
-    - `TypeError`, `ValueError`: as in `solve`.
+    - `TypeError`, `ValueError`: as in `solve`; a derivative that there is not.
 
     Example:
 
@@ -354,8 +357,8 @@ def logdet(
     Returns:
 
     From a closed form a scalar, in float32 or better. By products an `Estimate`: `.value`, and
-    `.standard_error`, which does not know of too few steps. Where the damping is one number, it
-    can be differentiated by it.
+    `.standard_error`, which does not know of too few steps. It can be differentiated by
+    a damping that is one number; from a closed form by any damping, and by the arrays of M.
 
     Raises:
 
@@ -432,7 +435,7 @@ def sample(
     Returns:
 
     A tree like the parameters, with a leading axis of length `num_samples` if it is given.
-    By products, a sample is `inverse_sqrt` of white noise.
+    By products, a sample is `inverse_sqrt` of white noise. It has the derivatives of `inverse_sqrt`.
 
     Raises:
 
@@ -486,27 +489,57 @@ def _check_k(k: Any, M: Operator, structure: Any) -> int:
 Method = Literal["lanczos", "lobpcg"]
 
 
+class _Pairs(NamedTuple):
+    "What a method ends with"
+    values: jax.Array  # (k,), the most wanted first
+    vectors: jax.Array  # (k, P)
+    scale: jax.Array  # the largest |λ| that was seen
+    ended: jax.Array  # () or (k,) bool: is the search over, or were steps missing?
+
+
 @partial(program, static_argnums=(1, 2, 3, 4))
 def _by_lobpcg(
     multiply: FlatProduct, k: int, which: Which, tolerance: float, max_steps: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     return lobpcg_eigenpairs(multiply, k, which, tolerance, max_steps, key)
 
 
 def _pairs_by_products(
     multiply: FlatProduct, k: int, which: Which, method: Method, tolerance: float, max_steps: int,
     key: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # (k,), (k, P), (k,) are they found?
-    "Eigenpairs in an order, by one of the methods"
+) -> _Pairs:
+    "Eigenpairs by one of the methods"
     if method == "lobpcg":
-        args = (multiply, k, which, tolerance, max_steps, key)
-        values, vectors, errors = (_by_lobpcg if multiply.operator.traceable
-                                   else lobpcg_eigenpairs)(*args)
-        return values, vectors, errors <= 10 * max(tolerance, multiply.eps**0.5)
+        find = _by_lobpcg if multiply.operator.traceable else lobpcg_eigenpairs
+        values, vectors = find(multiply, k, which, tolerance, max_steps, key)
+        return _Pairs(values, vectors, jnp.max(jnp.abs(values)), jnp.array(True))
     size = min(multiply.size, max(2 * k + 10, 30))
     found = lanczos_eigenpairs(multiply, k, which, size, tolerance, max_steps, key)
     ended = found.done | (found.errors <= tolerance) & (found.steps >= max_steps)
-    return found.values, found.basis.vectors[:k], ended
+    return _Pairs(found.values, found.basis.vectors[:k], found.scale, ended)
+
+# %% ../../nbs/linalg/10_functions.ipynb #1fa10a12
+@program
+def _looked_over(multiply: FlatProduct, pairs: _Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
+    "Eigenvalues and vectors with their derivatives; the true residuals, relative"
+    images = multiply.many(pairs.vectors)
+    residuals = row_norms(images - pairs.values[:, None] * pairs.vectors)
+    slopes = jnp.sum(images * pairs.vectors, axis=1)
+    values = pairs.values + slopes - jax.lax.stop_gradient(slopes)
+    vectors = _without_derivative(pairs.vectors, values)
+    return values, vectors, residuals / jnp.maximum(pairs.scale, jnp.finfo(values.dtype).tiny)
+
+
+@jax.custom_jvp
+def _without_derivative(vectors: jax.Array, values: jax.Array) -> jax.Array:
+    "The vectors; their derivatives are NaN where those of the values are not zero"
+    return vectors
+
+
+@_without_derivative.defjvp
+def _nan_slopes(args: tuple, slopes: tuple) -> tuple[jax.Array, jax.Array]:
+    vectors, _ = args
+    return vectors, jnp.full_like(vectors, jnp.nan) * slopes[1][:, None]
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a0a
 def eigsh(
@@ -530,20 +563,24 @@ def eigsh(
       of k products at a time, for "LA" and "SA" with 5k < P.
     - `key`: by products: a JAX random key for the start; by default always the same.
     - `tolerance`: by products: the norm of M u − λ u that is enough, relative to the largest |λ|
-      that is seen. By default 3e-13 in float64, 3e-6 in float32.
+      that is seen. By default the search goes on to 3e-13 in float64, 3e-6 in float32, and what
+      rounding errors of products leave of that is accepted, up to 1.5e-7 and 3e-3; from
+      "lobpcg", which stops by a measure of its own, always.
     - `max_steps`: by products: at most about so many of them; 10 000 by default. For "lobpcg"
       products with k vectors; 500 by default.
 
     Returns:
 
     The pair of the eigenvalues, of shape (k,), the most wanted first, and the eigenvectors of
-    length 1, a tree like the parameters with a leading axis of length k.
+    length 1, a tree like the parameters with a leading axis of length k. Eigenvalues that occur once
+    can be differentiated by the arrays of M; derivatives of eigenvectors are NaN by products.
 
     Raises:
 
-    - `ValueError`: a `k` that is too large, or pairs that were not found in `max_steps`. Inside
-      compiled functions, where neither that nor the rank of a `Gram` matrix is known, their
-      eigenvectors are NaN.
+    - `ValueError`: a `k` that is too large; pairs that were not found in `max_steps`, or whose true
+      residuals, by one more product with each, exceed the tolerance, as those of a matrix that is
+      not symmetric. Inside compiled functions, where none of that, nor the rank of a `Gram` matrix
+      is known, their eigenvectors are NaN.
     - `TypeError`: no operator, or a `k` that is no whole number.
 
     Example:
@@ -580,12 +617,26 @@ def _eigsh_by_products(
     k = _check_k(k, M, M.structure)
     if key is None: key = jax.random.key(0)
     check_one_key(key)
-    multiply = FlatProduct(forms.operator)
-    tolerance = multiply.eps**0.8 if forms.tolerance is None else forms.tolerance
+    multiply, reach, enough = FlatProduct(forms.operator), forms.tolerance, forms.tolerance
+    if reach is None: reach = multiply.eps**0.8
+    if reach != enough or method == "lobpcg": enough = 10 * max(reach, multiply.eps**0.5)
     most = forms.max_steps or {"lanczos": 10_000, "lobpcg": 500}[method]
-    values, vectors, found = _pairs_by_products(multiply, k, which, method, tolerance, most,
-                                                jnp.asarray(key))
+    traceable = multiply.operator.traceable
+    alone = jax.lax.stop_gradient(multiply) if traceable else multiply
+    pairs = _pairs_by_products(alone, k, which, method, reach, most, jnp.asarray(key))
+    look = _looked_over if traceable else _looked_over.__wrapped__
+    values, vectors, residuals = look(multiply, pairs)
+    _check_pairs(most, enough, pairs.ended, residuals)
+    found = pairs.ended & (residuals <= enough)
+    return values, jax.vmap(multiply.tree)(jnp.where(found[:, None], vectors, jnp.nan))
+
+
+def _check_pairs(most: int, enough: float, ended: jax.Array, residuals: jax.Array) -> None:
+    "Raise `ValueError` where the search has not ended, or not with eigenpairs"
     raise_faults({f"max_steps: got {most} products, in which not all eigenpairs were found, "
-                  "expected more, or a larger tolerance": ~found})
-    vectors = jnp.where(jnp.reshape(found, (-1, 1)), vectors, jnp.nan)
-    return values, jax.vmap(multiply.tree)(vectors)
+                  "expected more, or a larger tolerance": ~ended})
+    worst = jnp.max(residuals)
+    if is_traced(worst) or worst <= enough: return
+    raise ValueError(f"M: got products for which |M u − λ u| is {worst:.1e} times the largest |λ|, "
+                     f"expected at most {enough:.1e}: M is not symmetric, or rounding errors leave "
+                     "no less; for those take a larger tolerance, or a wider dtype")

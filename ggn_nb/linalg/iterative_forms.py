@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from ..layers.blocks import BlockDiagonal
 from .block_conjugate_gradients import block_round
@@ -20,7 +21,7 @@ from ggn_nb.linalg.closed_forms import (
 )
 from .conjugate_gradients import LinearSystem, lineax_round, row_norms, solve_in_rounds
 from .lanczos_functions import matrix_function
-from .products import FlatProduct, linearized_once
+from .products import FlatProduct, linearized_once, refuse_slopes
 from ..operators.operator import Operator, register_operator, unravel
 from ..operators.samples import cast_like, widen
 from ..tools.arrays import register_pytree
@@ -92,6 +93,42 @@ def split_damping(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
     shift = lambda x: jnp.maximum(x, least) + leaves[0].astype(x.dtype)
     return FlatProduct(operator), shift
 
+# %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00021
+def _flat_function(
+    power: float, limits: tuple[float, int], operator: Operator, damping: Any, vec: jax.Array
+) -> jax.Array:
+    "(M + δI)^power vec; NaN where it still changes after all steps"
+    multiply, shift = split_damping(operator, damping)
+    found, ended = matrix_function(multiply, lambda x: shift(x) ** power, vec, *limits)
+    return jnp.where(ended, found, jnp.nan)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def flat_root(
+    limits: tuple[float, int],  # tolerance, most steps
+    operator: Operator, damping: Any, vec: jax.Array,
+) -> jax.Array:
+    "(M + δI)^(-1/2) vec; NaN where it still changes after all steps"
+    return _flat_function(-0.5, limits, operator, damping, vec)
+
+
+@partial(flat_root.defjvp, symbolic_zeros=True)
+def _slope_of_root(limits: tuple, args: tuple, slopes: tuple) -> tuple[jax.Array, jax.Array]:
+    by_operator, by_damping, by_vec = slopes
+    is_known = lambda tree: any(not isinstance(x, SymbolicZero) for x in jax.tree.leaves(tree))
+    operator, damping, vec = args
+    is_number = [leaf.shape for leaf in jax.tree.leaves(damping)] == [()]
+    if is_known(by_operator) or (is_known(by_damping) and not is_number):
+        refuse_slopes("an inverse square root or a sample")
+    times = lambda matrix, vec: flat_root(limits, *matrix, vec)
+    slope = jnp.zeros_like(vec)
+    if is_known(by_damping):
+        (by_number,) = jax.tree.leaves(by_damping)
+        slope -= by_number.astype(vec.dtype) / 2 * _flat_function(-1.5, limits, *args)
+    if is_known(by_vec):
+        slope += jax.custom_derivatives.linear_call(times, times, (operator, damping), by_vec)
+    return flat_root(limits, *args), slope
+
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a0000e
 @partial(register_pytree, data_fields=("operator", "preconditioner"),
          meta_fields=("tolerance", "max_steps"))
@@ -151,11 +188,10 @@ class IterativeForms(MatrixForms):
 
     def inverse_root(self, damping: Any, vec: Any) -> Any:
         "NaN where it still changes after all steps"
-        multiply, shift = split_damping(self.operator, damping)
-        tolerance, most = self._tolerance(multiply), self._most(most_stored(multiply))
-        fn = lambda x: jax.lax.rsqrt(shift(x))
-        root, ended = matrix_function(multiply, fn, multiply.flat(vec), tolerance, most)
-        return self._tree(jnp.where(ended, root, jnp.nan))
+        multiply = FlatProduct(self.operator)
+        limits = self._tolerance(multiply), self._most(most_stored(multiply))
+        root = flat_root if self.traceable else flat_root.fun
+        return self._tree(root(limits, self.operator, damping, multiply.flat(vec)))
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a0000f
 def iterative_forms(

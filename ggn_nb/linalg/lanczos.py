@@ -115,7 +115,8 @@ class Search(NamedTuple):
     basis: Basis  # its first vectors are the best Ritz vectors
     start: jax.Array  # how many of its vectors were multiplied
     values: jax.Array  # (k,) Ritz values, in the vectors' dtype
-    errors: jax.Array  # (k,) norms of their residuals, relative to the largest Ritz value
+    errors: jax.Array  # (k,) norms of their residuals, relative to `scale`
+    scale: jax.Array  # the largest |Ritz value|
     seen: jax.Array  # (k,) the values at the last convergence, at first NaN
     steps: jax.Array  # products
     done: jax.Array
@@ -161,12 +162,13 @@ def lanczos_eigenpairs(
         same = jnp.all(jnp.abs(wanted - s.seen) <= 10 * tolerance * scale)
         basis, start = _restarted(basis, values, vectors, converged, k, keep, own)
         steps = s.steps + size - s.start
-        return Search(basis, start, wanted, errors, jnp.where(converged, wanted, s.seen), steps,
-                      (converged & same) | is_all)
+        seen = jnp.where(converged, wanted, s.seen)
+        done = (converged & same) | is_all
+        return Search(basis, start, wanted, errors, scale, seen, steps, done)
     first = random_unit(jnp.zeros((1, multiply.size), multiply.dtype), key)
     blank = jnp.full(k, jnp.nan, multiply.dtype)
-    search = Search(empty_basis(first, size), jnp.array(0), blank, blank, blank, jnp.array(0),
-                    jnp.array(False))
+    search = Search(empty_basis(first, size), jnp.array(0), blank, blank, blank[0], blank,
+                    jnp.array(0), jnp.array(False))
     wanted = lambda s: ~s.done & (s.steps < max_steps)
     in_program = is_in_program((multiply, search))
     return repeat_while(wanted, cycle, search, in_program=in_program, name="eigsh")

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 
 from ..layers.eigh import zero_below
 from ..layers.gram import Gram
-from .block_diagonal import matvec
 from .closed_forms import ClosedForms, closed_forms, normal_like, widen_structure
-from .matrix_functions import inverse_root_quotient, low_rank_logdet
+from ggn_nb.linalg.matrix_functions import (
+    INVERSE, INVERSE_ROOT_QUOTIENT, SpectralFunction, low_rank_logdet, times_function,
+)
 from ..operators.operator import ravel, unravel
 from ..operators.samples import cast_like, widen
 from ..tools.arrays import register_pytree
@@ -44,17 +45,17 @@ class LowRankForms(ClosedForms):
         "A u for the columns u, in float32 or better"
         return widen(self.operator.root(unravel(flat, self.operator.structure)))
 
-    def in_columns(self, factors: jax.Array, flat: jax.Array) -> jax.Array:
-        "U diag(factors) Uᵀ u"
-        return matvec(self.vectors, factors * matvec(self.vectors.T, flat))
+    def in_columns(self, fn: SpectralFunction, damping: jax.Array, flat: jax.Array) -> jax.Array:
+        "f(K) u"
+        pairs = self.eigenvalues, self.vectors
+        return times_function(fn, self.operator.matrix, pairs, damping, flat)
 
     def multiply(self, damping: jax.Array, vec: Any) -> Any:
         return _plus(self.to_params(self.to_columns(vec)), damping, vec)
 
     def inverse_root(self, damping: jax.Array, vec: Any) -> Any:
-        quotients = inverse_root_quotient(self.eigenvalues, damping)
-        low_rank = self.to_params(self.in_columns(quotients, self.to_columns(vec)))
-        return _plus(low_rank, jax.lax.rsqrt(damping), vec)
+        columns = self.in_columns(INVERSE_ROOT_QUOTIENT, damping, self.to_columns(vec))
+        return _plus(self.to_params(columns), jax.lax.rsqrt(damping), vec)
 
     def logdet(self, damping: jax.Array) -> jax.Array:
         return low_rank_logdet(self.eigenvalues, damping, self.operator.root.shape[0])
@@ -67,7 +68,7 @@ class LowRankForms(ClosedForms):
         "By Matheron's rule, from noise on the parameters and on the columns"
         prior, observed = noise
         misfit = self.to_columns(prior) - jnp.sqrt(damping) * observed
-        correction = self.to_params(self.in_columns(-1 / (self.eigenvalues + damping), misfit))
+        correction = self.to_params(-self.in_columns(INVERSE, damping, misfit))
         corrected = _plus(correction, jnp.ones_like(damping), prior)
         return jax.tree.map(lambda x: x * jax.lax.rsqrt(damping).astype(x.dtype), corrected)
 

@@ -6,8 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00002
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 # %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00006
 def inverse_root(
@@ -34,3 +39,61 @@ def low_rank_logdet(
 ) -> jax.Array:
     "log det(AAᵀ + δI)"
     return size * jnp.log(damping) + jnp.log1p(eigenvalues / damping).sum()
+
+# %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00021
+class SpectralFunction(NamedTuple):
+    "A function f of eigenvalues, with a damping"
+    value: Callable  # (λ, δ)
+    difference: Callable  # (λ, μ, δ): (f(λ) − f(μ)) / (λ − μ), or f'(λ) where they are equal
+
+
+def _root_difference(x: jax.Array, y: jax.Array, damping: jax.Array) -> jax.Array:
+    a, b = jnp.sqrt(x + damping), jnp.sqrt(y + damping)
+    return -1 / (a * b * (a + b))
+
+
+def _quotient_difference(x: jax.Array, y: jax.Array, damping: jax.Array) -> jax.Array:
+    s, a, b = jnp.sqrt(damping), jnp.sqrt(x + damping), jnp.sqrt(y + damping)
+    return (s + a + b) / (s * a * b * (s + a) * (s + b) * (a + b))
+
+
+INVERSE = SpectralFunction(lambda x, d: 1 / (x + d), lambda x, y, d: -1 / ((x + d) * (y + d)))
+INVERSE_ROOT = SpectralFunction(inverse_root, _root_difference)
+INVERSE_ROOT_QUOTIENT = SpectralFunction(inverse_root_quotient, _quotient_difference)
+
+# %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00022
+_matmul = partial(jnp.matmul, precision="highest")  # in float32 proper, on accelerators too
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _product(
+    fn: SpectralFunction, matrix: Any, eigenvalues: Any, vectors: Any, damping: Any, vec: Any
+) -> jax.Array:
+    return _matmul(vectors, fn.value(eigenvalues, damping) * _matmul(vectors.T, vec))
+
+
+@partial(_product.defjvp, symbolic_zeros=True)
+def _slope_of_product(fn: SpectralFunction, args: tuple, slopes: tuple) -> tuple:
+    matrix, eigenvalues, U, damping, vec = args
+    by_matrix, _, _, by_damping, by_vec = slopes
+    x = _matmul(U.T, vec)
+    values, total = fn.value(eigenvalues, damping), jnp.zeros_like(x)
+    if not isinstance(by_matrix, SymbolicZero):
+        X = _matmul(_matmul(U.T, (by_matrix + by_matrix.T) / 2), U)
+        F = fn.difference(eigenvalues[:, None], eigenvalues[None], damping)
+        total += _matmul(F * X, x)
+    if not isinstance(by_damping, SymbolicZero):
+        total += jax.jvp(partial(fn.value, eigenvalues), (damping,), (by_damping,))[1] * x
+    if not isinstance(by_vec, SymbolicZero): total += values * _matmul(U.T, by_vec)
+    return _matmul(U, values * x), _matmul(U, total)
+
+
+def times_function(
+    fn: SpectralFunction,
+    matrix: jax.Array,  # K, symmetric
+    eigenpairs: tuple[jax.Array, jax.Array],  # its eigenvalues, and eigenvectors as columns
+    damping: jax.Array,  # scalar of the same dtype
+    vec: jax.Array,
+) -> jax.Array:
+    "f(K) vec, with derivatives by K, the damping and the vector"
+    return _product(fn, matrix, *jax.lax.stop_gradient(eigenpairs), damping, vec)

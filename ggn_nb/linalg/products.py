@@ -80,6 +80,23 @@ def linearized_once(operator: Any) -> Any:
         return x if x.problem.batch_size is not None else x.linearized()
     return jax.tree.map(keep, operator, is_leaf=is_curvature)
 
+# %% ../../nbs/linalg/04_products.ipynb #d7f50021
+def refuse_slopes(what: str) -> None:
+    "Raise `TypeError` for derivatives that there are not"
+    raise TypeError(f"M: got a derivative by arrays of the operator or a tree of dampings, which "
+                    f"{what} by products does not have, expected a closed form: gram(M), "
+                    "block_diagonal(M).dense_blocks() or Diagonal(diagonal(M))")
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def without_slopes(what: str, tree: Any) -> Any:
+    "`tree`; `TypeError` where a derivative by its arrays is asked for"
+    return tree
+
+
+@without_slopes.defjvp
+def _refuse_them(what: str, args: tuple, slopes: tuple) -> tuple: refuse_slopes(what)
+
 # %% ../../nbs/linalg/04_products.ipynb #d7f5000f
 def repeat_while(
     wanted: Callable,  # state -> is there another step?

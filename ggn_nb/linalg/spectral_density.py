@@ -18,7 +18,7 @@ from ..layers.diagonal import Estimate
 from ..layers.probes import mean_and_error
 from .frobenius_norm import check_probes
 from .lanczos import empty_basis, extended, small_matrix
-from .products import FlatProduct, linearized_once
+from .products import FlatProduct, linearized_once, without_slopes
 from ..operators.fisher import check_one_key
 from ..operators.operator import Operator
 from ..tools.arrays import register_pytree
@@ -54,6 +54,7 @@ def quadrature(
     "Nodes and weights by several vectors"
     keys = jax.random.split(key, num_probes)
     if multiply.operator.traceable:
+        multiply = without_slopes("a quadrature", multiply)
         size = multiply.size * multiply.dtype.itemsize * num_steps
         at_once = min(num_probes, max(1, _BYTES_AT_ONCE // size))
         return _quadrature(multiply, keys, num_steps, at_once)

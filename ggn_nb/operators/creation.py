@@ -62,7 +62,8 @@ class DataOptions(ProblemOptions, total=False):
     - `num_total_samples`: how many samples the sum stands for; by default `num_curv_samples`. The
       factor is num_total_samples / num_curv_samples.
     - `reduction`: "sum" (default), or "mean": the sum is divided by the sum of all weights that
-      count, over all positions and batches; then `num_total_samples` is 1 by default.
+      count, over all positions and batches; then `num_total_samples` is 1 by default. The sum of
+      the weights is taken when the operator is made; on a `Stream`, in the pass that looks over it.
     """
 
     num_curv_samples: Any

@@ -365,7 +365,8 @@ def create_fisher_mv(
     - `params`: pytree of floating-point arrays, P numbers in all.
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
-      (integers, (N,)). Or a `Stream` of batches of that.
+      (integers, (N,)). Or a `Stream` of batches of that, which is read once already when the
+      operator is made: to look at every batch, and for a mean to add up the weights.
     - `loss_fn`: a negative log-likelihood: a name, a `Loss`, or for "empirical" also any function
       loss(pred, target).
     - `kind`: "exact" (default): the loss's own Fisher information, for losses whose H is that.

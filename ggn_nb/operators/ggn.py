@@ -231,7 +231,8 @@ def create_ggn_mv(
     - `params`: pytree of floating-point arrays, P numbers in all.
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
-      (integers, (N,)). Or a `Stream` of batches of that.
+      (integers, (N,)). Or a `Stream` of batches of that, which is read once already when the
+      operator is made: to look at every batch, and for a mean to add up the weights.
     - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
       any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `loss_hessian_mv`: instead of `loss_fn`: a function (jv, pred=, target=) -> H jv.

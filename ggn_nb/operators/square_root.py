@@ -30,7 +30,7 @@ from ggn_nb.operators.operator import (
 )
 from .samples import Samples, count_samples, widen
 from .streamed import Streamed
-from ..tools.arrays import is_traced, working_dtype
+from ..tools.arrays import is_traced, on_host, working_dtype
 from ..tools.checks import check_like, check_size
 from ..tools.programs import program
 
@@ -448,7 +448,7 @@ def _check_rooted(G: Any) -> None:
     "Raise unless there may be a square root, by kind and factor"
     if not isinstance(G, GGN): raise _not_rooted(G)
     factor = G.problem.factor
-    if isinstance(factor, jax.core.Tracer) or factor >= 0: return
+    if isinstance(factor, jax.core.Tracer) or on_host(factor) >= 0: return
     raise ValueError(f"G: got a matrix with the factor {float(factor):g}, expected one ≥ 0")
 
 # %% ../../nbs/operators/24_square_root.ipynb #5b000011

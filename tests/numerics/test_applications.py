@@ -84,6 +84,47 @@ def test_against_dense_matrices(loss):
         assert_close(slope, -FLAT @ FLAT / 2 + len(FLAT) / DAMPING / 2 - jnp.trace(inv) / 2), name
 
 
+def line(input, params):
+    """A model whose Jacobian is its input."""
+    return input @ params
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_small_dampings(dtype):
+    """Queries in the span of training samples, beside it and nearly in it, down to a damping of 1e-6 of the largest eigenvalue."""
+    rng, size, rank = np.random.default_rng(0), 40, 9
+    basis = np.linalg.qr(rng.normal(size=(size, rank)))[0].T
+    X = np.linalg.qr(rng.normal(size=(12, rank)))[0] * np.logspace(0, -1, rank) @ basis  # columns that depend on each other
+    inside, beside = rng.normal(size=(3, 12)) @ X, rng.normal(size=(3, size))
+    beside -= beside @ basis.T @ basis
+    X, queries = (a.astype(dtype) for a in (X, np.concatenate([inside, beside, inside + 1e-3 * beside])))
+    y = rng.normal(size=12).astype(dtype)
+    G = create_ggn_mv(line, jnp.zeros(size, dtype), {"input": X, "target": y}, "mse")
+    asked = {"input": queries, "target": np.ones(9, dtype)}
+
+    @jax.jit
+    def found(K, dampings):
+        joint = lambda d: predictive_covariance(K, G, queries, d, joint=True)
+        own = lambda d: predictive_covariance(K, G, queries, d)
+        return [jax.vmap(of)(dampings) for of in (joint, own, lambda d: influence(K, G, asked, d))]
+
+    wide, q, of_data = X.astype(float), queries.astype(float), -2 * X.astype(float) * y[:, None]
+    _, s, Vt = np.linalg.svd(wide, full_matrices=False)
+    s = np.where(s > 1e-6 * s[0], s, 0)
+    ratios = np.array([10.0, 1e-1, 1e-2, 1.6e-4, 1e-5, 1e-6])
+    dampings = ratios * 2 * s[0] ** 2
+    K = gram(G).with_eigh()
+    rest = lambda a: a - a @ Vt.T @ Vt
+    products = lambda a, b, d: (a @ Vt.T / (2 * s**2 + d)) @ (b @ Vt.T).T + rest(a) @ rest(b).T / d
+    results = map(np.asarray, found(K, jnp.asarray(dampings, dtype)))
+    for ratio, d, joint, own, of in zip(ratios, dampings, *results, strict=True):
+        rounding = 10 * jnp.finfo(dtype).eps / min(ratio, 1) ** 0.5
+        scale, other = (np.sqrt(np.diag(products(a, a, d))) for a in (q, of_data))
+        assert np.abs((joint - products(q, q, d)) / np.outer(scale, scale)).max() < rounding
+        assert np.abs(own / scale**2 - 1).max() < rounding
+        assert np.abs((of - products(-2 * q, of_data, d)) / np.outer(2 * scale, other)).max() < rounding
+
+
 def test_frozen_leaves_and_compiled_functions():
     """The parameters are those that are selected; operators are arguments."""
     data = data_for("mse")
@@ -117,7 +158,9 @@ def test_lower_precision(dtype):
     cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
     low = create_ggn_mv(model_fn, cast(PARAMS), cast(data), "mse")
     got = predictive_covariance(gram(low), low, cast(data["input"]), 1.0)
-    assert got.dtype == jnp.float32
+    blocks, low_blocks = (predictive_covariance(block_diagonal(of).dense_blocks(), of, x, 1.0) for of, x in ((G, data["input"]), (low, cast(data["input"]))))
+    assert got.dtype == low_blocks.dtype == jnp.float32
+    assert float(jnp.max(jnp.abs(low_blocks.astype(blocks.dtype) - blocks))) < (1e-4 if dtype == "float32" else 0.1) * float(jnp.max(blocks))
     assert float(jnp.max(jnp.abs(got.astype(want.dtype) - want))) < (1e-4 if dtype == "float32" else 0.1) * float(jnp.max(want))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_nb import (
+    DenseBlocks,
     Diagonal,
     Operator,
     Stream,
@@ -241,6 +242,51 @@ def test_derivatives_with_leaves_that_are_no_floats():
     assert_close(float(slope), -np.linalg.solve(M, np.linalg.solve(M, flat(b))).sum(), rtol=1e-6)
 
 
+def test_derivatives_by_parameters():
+    """What has derivatives has the right ones, by products and by closed forms with multiple eigenvalues; the rest is refused."""
+    params, _ = problem()
+    A, b, direction = operator("ggn"), right(), right()
+    at = lambda h: A.at(jax.tree.map(lambda p, t: p + h * t, params, direction))
+    dense_at = lambda h: np.asarray(at(h).dense())
+    dM = (8 * (dense_at(1e-4) - dense_at(-1e-4)) - (dense_at(2e-4) - dense_at(-2e-4))) / 12e-4
+    M, w, v = dense("ggn") + 0.3 * np.eye(len(flat(b))), np.sin(np.arange(len(flat(b)))), flat(b)
+    l, U = np.linalg.eigh(M)
+    X, r = U.T @ dM @ U, np.sqrt(l)
+    root = -(U.T @ w) @ (X / (np.outer(r, r) * (r[:, None] + r))) @ (U.T @ v)
+    solved = -np.linalg.solve(M, w) @ dM @ np.linalg.solve(M, v)
+    along = lambda tree: jnp.asarray(w) @ ravel_pytree(tree)[0]
+    K = lambda h: gram(at(h))
+    of = {
+        "solve": (lambda h: along(solve(at(h), b, 0.3, tolerance=1e-13).x), solved),
+        "solve by Gram": (lambda h: along(solve(K(h), b, 0.3).x), solved),
+        "root by Gram": (lambda h: along(inverse_sqrt(K(h), 0.3)(b)), root),
+        "logdet by Gram": (lambda h: logdet(K(h), 0.3), np.trace(np.linalg.solve(M, dM))),
+        "eigenvalues": (lambda h: eigsh(at(h), 3)[0].sum(), np.diag(X)[-3:].sum()),
+    }
+    found = jax.jit(lambda h: {name: jax.jvp(fn, (h,), (1.0,))[1] for name, (fn, _) in of.items()})(0.0)
+    for name, (_, exact) in of.items():
+        assert_close(float(found[name]), exact, rtol=1e-7)
+    by_damping = jax.jit(jax.grad(lambda d: along(inverse_sqrt(A, d, tolerance=1e-12)(b))))(0.3)
+    assert_close(float(by_damping), -(U.T @ w / l**1.5) @ (U.T @ v) / 2, rtol=1e-8)
+    refused = {
+        "an inverse square root": lambda h: along(inverse_sqrt(at(h), 0.3)(b)),
+        "a sample": lambda h: along(sample(at(h), random.key(0), 0.3)),
+        "a quadrature": lambda h: logdet(at(h), 0.3, key=random.key(0)).value,
+    }
+    for what, fn in refused.items():
+        with pytest.raises(TypeError, match=f"M: got a derivative by arrays of the operator .*{what}"):
+            jax.grad(fn)(0.0)
+
+
+def test_roots_of_blocks_with_multiple_eigenvalues_have_derivatives():
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    K, dK, v = (Q * [2.0, 2, 0, 0, 0]) @ Q.T, rng.normal(size=(5, 5)), rng.normal(size=5)
+    root = lambda h: inverse_sqrt(DenseBlocks.on(jnp.zeros(5), [K + h * (dK + dK.T)]), 0.4)(jnp.asarray(v))
+    exact = (8 * (root(1e-4) - root(-1e-4)) - (root(2e-4) - root(-2e-4))) / 12e-4
+    assert_close(np.asarray(jax.jacrev(root)(0.0)), np.asarray(exact), rtol=1e-7)
+
+
 # Eigenpairs
 
 
@@ -269,6 +315,46 @@ def test_multiple_eigenvalues_and_zeros():
     values, vectors = eigsh(A, 12)
     assert_close(np.asarray(values), np.r_[np.full(6, 4.0), np.full(3, 1.0), np.zeros(3)], atol=1e-10)
     assert_close(np.asarray(vectors @ vectors.T), np.eye(12), atol=1e-10)
+
+
+SPECTRA = {
+    "clustered": np.r_[1 + 1e-6 * np.arange(8), np.linspace(0, 0.5, 32)],
+    "multiple": np.r_[np.full(6, 3.0), np.full(6, 2.0), np.zeros(28)],
+    "of low rank": np.r_[np.arange(1.0, 5.0), np.zeros(36)],
+    "indefinite": np.linspace(-5, 3, 40),
+    "zero": np.zeros(40),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_spectra(dtype):
+    """More pairs than the rank, all of them, from both ends: values, orthogonality and true residuals."""
+    small = 100 * jnp.finfo(dtype).eps
+    for name, d in SPECTRA.items():
+        A, _ = turned(d, dtype)
+        scale, M = np.abs(d).max() or 1, np.asarray(A.matrix, np.float64)
+        cases = [("LA", -d, 10), ("LA", -d, 40)] + [("SA", d, 10), ("LM", -np.abs(d), 10)] * (name == "indefinite")
+        for which, order, k in cases:
+            values, vectors = (np.asarray(x, np.float64) for x in eigsh(A, k, which=which))
+            expected = np.sort(order)[:k]
+            assert np.abs({"LA": -values, "SA": values, "LM": -np.abs(values)}[which] - expected).max() < small * scale
+            assert np.abs(vectors @ vectors.T - np.eye(k)).max() < small
+            assert np.linalg.norm(M @ vectors.T - vectors.T * values, axis=0).max() < max(small, 3e-13) * scale
+
+
+def test_a_matrix_of_one_number():
+    values, vectors = eigsh(Turned(jnp.array([[-2.0]])), 1, which="LM")
+    assert values.tolist() == [-2.0] and abs(vectors).tolist() == [[1.0]]
+
+
+def test_what_is_no_symmetric_matrix_has_no_eigenpairs():
+    A = Turned(jnp.asarray(np.random.default_rng(0).normal(size=(40, 40))))
+    with pytest.raises(ValueError, match=r"M: got products for which \|M u − λ u\| is .* times the largest"):
+        eigsh(A, 40)
+    assert np.isnan(jax.jit(lambda A: eigsh(A, 40))(A)[1]).any()
+    B, _ = turned(SPECTRA["clustered"], "float32")
+    with pytest.raises(ValueError, match="rounding errors leave"):
+        eigsh(B, 3, tolerance=1e-9)
 
 
 def test_lobpcg():
