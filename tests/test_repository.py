@@ -63,7 +63,8 @@ def imported_by_tutorials() -> set[str]:
 
 
 def test_tutorials_are_an_extra_with_all_that_they_import():
-    libraries = {"sklearn": "scikit-learn", "haiku": "dm-haiku"}  # where the module has another name
+    # where the module has another name, or comes with another library
+    libraries = {"sklearn": "scikit-learn", "haiku": "dm-haiku", "PIL": "matplotlib", "IPython": "jupyterlab"}
     needed = {libraries.get(name, name) for name in imported_by_tutorials()}
     brought = {name.partition(">")[0] for name in SETTINGS["tutorials_requirements"].split()}
     assert {"matplotlib", "scikit-learn", "flax"} <= needed

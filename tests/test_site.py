@@ -73,8 +73,8 @@ def follow(base: str, page: BeautifulSoup, selector: str) -> str | None:
 
 
 def test_pages_lead_from_one_to_the_next(site):
-    """By the links at their feet, in reading order: the first tutorial comes after the home page, the tools come last."""
-    assert PAGES[:2] == ["index.html", "tutorials/first_product.html"]
+    """By the links at their feet, in reading order: after the home page the tutorials, the tour first; the tools come last."""
+    assert PAGES[:3] == ["index.html", "tutorials/index.html", "tutorials/tour.html"]
     assert PAGES[-1].startswith("tools/")
     forwards = [follow(name, site[name], ".nav-page-next a") for name in PAGES]
     backwards = [follow(name, site[name], ".nav-page-previous a") for name in PAGES]
