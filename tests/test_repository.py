@@ -72,6 +72,17 @@ def test_tutorials_are_an_extra_with_all_that_they_import():
     assert "jupyterlab" in brought
 
 
+def test_readme_is_legible_on_pypi():
+    """No mathematics, which PyPI does not render; a picture with words for it; badges; the address of the site."""
+    readme = (ROOT / "README.md").read_text()
+    assert "$" not in readme
+    badges, pictures = re.findall(r"\[!\[(.*?)\]", readme), re.findall(r"(?<!\[)!\[(.*?)\]\(nbs/", readme)
+    assert len(badges) >= 4
+    assert len(pictures) == 1
+    assert len(pictures[0]) > 40
+    assert f"<{SETTINGS['doc_host']}{SETTINGS['doc_baseurl']}/>" in readme
+
+
 @pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
 def test_issue_forms_are_complete(form):
     content = yaml.safe_load(form.read_text())
