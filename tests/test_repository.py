@@ -14,6 +14,7 @@ CONFIG = ConfigParser(delimiters=["="])
 CONFIG.read(ROOT / "settings.ini", encoding="utf-8")
 SETTINGS = CONFIG["DEFAULT"]
 WORKFLOWS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+TUTORIALS, HOW_TO = (sorted((NBS / folder).glob("[0-9]*.ipynb")) for folder in ("tutorials", "how-to"))
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
@@ -70,6 +71,24 @@ def test_tutorials_are_an_extra_with_all_that_they_import():
     assert {"matplotlib", "scikit-learn", "flax"} <= needed
     assert not needed - brought
     assert "jupyterlab" in brought
+
+
+def prose(path) -> str:
+    """The text of a page."""
+    return "\n".join("".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("page", TUTORIALS + HOW_TO, ids=lambda path: path.stem)
+def test_page_says_where_to_go_next(page):
+    links = re.split(r"^## Where to go next$", prose(page), flags=re.M)[1:]
+    assert len(links) == 1
+    assert re.search(r"\]\((?:\.\./)?[\w/-]+\.ipynb\)", links[0])
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorial_says_what_it_needs_and_how_long_it_runs(page):
+    top = prose(page)[:700]
+    assert re.search(r'Needs `pip install "ggn_nb\[[\w,]+\]"`; runs in about \d+ seconds\.', top)
 
 
 def test_readme_is_legible_on_pypi():
