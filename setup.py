@@ -11,6 +11,8 @@ config.read("settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
 suffix = "_requirements"
 
+oldest, newest = (int(cfg[key].removeprefix("3.")) for key in ("min_python", "max_python"))
+
 # README.md links to files of the repository; elsewhere (PyPI) such links need the full address.
 readme = Path("README.md").read_text(encoding="utf-8")
 for mark, kind in ((r"!\[[^\]]*\]\(", "raw"), (r"(?<!!)\[[^\]]*\]\(", "blob")):
@@ -23,7 +25,12 @@ setup(
     long_description=readme,
     long_description_content_type="text/markdown",
     url=cfg["git_url"],
-    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"]},
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Source": cfg["git_url"],
+        "Changelog": f"{cfg['git_url']}/blob/{cfg['branch']}/CHANGELOG.md",
+        "Issues": cfg["git_url"] + "/issues",
+    },
     author=cfg["author"],
     author_email=cfg["author_email"],
     keywords=cfg["keywords"].split(),
@@ -33,7 +40,10 @@ setup(
         f"Development Status :: {['', '1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta'][cfg.getint('status')]}",
         f"Intended Audience :: {cfg['audience']}",
         f"Natural Language :: {cfg['language']}",
-        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(oldest, newest + 1)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Mathematics",
         "Typing :: Typed",
     ],

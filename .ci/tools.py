@@ -150,8 +150,9 @@ def readme() -> tuple[str, dict[str, bytes]]:
         exec_nb(NBS / "index.ipynb", processed, FilterDefaults)
         nb = nbformat.read(processed, as_version=4)
     front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
-    title = f"# {front['title']}\n\n> {front['description']}"
+    title = f"# {front['title']}\n\n{badges()}\n\n> {front['description']}"
     nb.cells[0] = nbformat.v4.new_markdown_cell(title)
+    sources = [cell.source for cell in nb.cells]
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = from_root(cell.source)
@@ -161,7 +162,23 @@ def readme() -> tuple[str, dict[str, bytes]]:
             cell.source = re.sub(r"^(#\|.*\n)+", "", cell.source)
     nb.metadata["language_info"] = {"name": "python"}
     text, found = MarkdownExporter().from_notebook_node(nb, {"output_files_dir": "nbs/index_files"})
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", found["outputs"]
+    said = iter(re.findall(r'^#\| fig-alt: "(.*)"$', "\n".join(sources), flags=re.M))
+    text = re.sub(r"!\[png\]", lambda _: f"![{next(said)}]", text)
+    return re.sub(r"\n\s*\n", "\n\n", text).strip() + "\n", found["outputs"]
+
+
+def badges() -> str:
+    """A row of badges, for README.md alone: a page of the site loads nothing from another host."""
+    cfg = get_config()
+    flow = f"{cfg.git_url}/actions/workflows"
+    row = {
+        "tests": (f"{flow}/test.yml/badge.svg", f"{flow}/test.yml"),
+        "site": (f"{flow}/site.yml/badge.svg", f"{cfg.doc_host}{cfg.doc_baseurl}/"),
+        "version": (f"https://img.shields.io/pypi/v/{cfg.lib_name}.svg", f"https://pypi.org/project/{cfg.lib_name}/"),
+        "Python": (f"https://img.shields.io/pypi/pyversions/{cfg.lib_name}.svg", f"https://pypi.org/project/{cfg.lib_name}/"),
+        "licence": ("https://img.shields.io/badge/licence-Apache_2.0-blue.svg", f"{cfg.git_url}/blob/{cfg.branch}/LICENSE"),
+    }
+    return "\n".join(f"[![{name}]({picture})]({leads})" for name, (picture, leads) in row.items())
 
 
 def from_root(markdown: str) -> str:
