@@ -38,7 +38,7 @@ from jax.flatten_util import ravel_pytree
 from layer_programs import AROUND, STORED, USES, D, Program, fixed
 
 N, C = 2, 3
-PARTS, QUICK_PARTS, MODELS, PROGRAMS_AT_ONCE = 5, 2, 5, 12
+PARTS, QUICK_PARTS, MODELS, PROGRAMS_AT_ONCE = 5, 1, 5, 12
 
 
 # Older JAX transposes a loop only as its own derivatives make it: a model with one, and with a vjp that is written by hand, is
