@@ -435,7 +435,7 @@ def sample(
     Returns:
 
     A tree like the parameters, with a leading axis of length `num_samples` if it is given.
-    By products, a sample is `inverse_sqrt` of white noise. It has the derivatives of `inverse_sqrt`.
+    By products, a sample is `inverse_sqrt` of white noise. It has the same derivatives.
 
     Raises:
 
@@ -572,8 +572,8 @@ def eigsh(
     Returns:
 
     The pair of the eigenvalues, of shape (k,), the most wanted first, and the eigenvectors of
-    length 1, a tree like the parameters with a leading axis of length k. Eigenvalues that occur once
-    can be differentiated by the arrays of M; derivatives of eigenvectors are NaN by products.
+    length 1, a tree like the parameters with a leading axis of length k. Eigenvalues that occur
+    once can be differentiated by the arrays of M; derivatives of eigenvectors by products are NaN.
 
     Raises:
 
@@ -617,9 +617,10 @@ def _eigsh_by_products(
     k = _check_k(k, M, M.structure)
     if key is None: key = jax.random.key(0)
     check_one_key(key)
-    multiply, reach, enough = FlatProduct(forms.operator), forms.tolerance, forms.tolerance
-    if reach is None: reach = multiply.eps**0.8
-    if reach != enough or method == "lobpcg": enough = 10 * max(reach, multiply.eps**0.5)
+    multiply, given = FlatProduct(forms.operator), forms.tolerance
+    reach = multiply.eps**0.8 if given is None else given
+    lax = given is None or method == "lobpcg"
+    enough = min(0.1, 10 * max(reach, multiply.eps**0.5)) if lax else given
     most = forms.max_steps or {"lanczos": 10_000, "lobpcg": 500}[method]
     traceable = multiply.operator.traceable
     alone = jax.lax.stop_gradient(multiply) if traceable else multiply

@@ -22,6 +22,9 @@ def lobpcg_eigenpairs(
         raise ValueError(f"method: got 'lobpcg' for which={which!r} and k={k}, expected "
                          f"which='LA' or 'SA', and k below P / 5 = {multiply.size / 5:g}; take "
                          "'lanczos'")
+    if multiply.eps > jnp.finfo(jnp.float32).eps:
+        raise ValueError("method: got 'lobpcg', expected 'lanczos' for parameters in half "
+                         "precision")
     if not multiply.operator.traceable:
         raise ValueError("method: got 'lobpcg', expected 'lanczos' for an operator on a stream")
     sign = jnp.asarray(-1 if which == "SA" else 1, multiply.dtype)

@@ -196,8 +196,7 @@ class Stream:
     have its own parts: a weight that is missing is 1, a mask that is missing is true. `for batch in
     stream` reads the source once and gives each batch as a `Batch` of JAX arrays, filled up to the
     number of rows of the first one. A loop that is left does not wait for a slow source. An
-    operator reads the stream once when it is made, with either reduction, and once for each
-    product.
+    operator reads the stream once when it is made, with either reduction, and for each product.
 
     Arguments:
 

@@ -467,7 +467,7 @@ def test_nothing_is_compiled_twice():
         assert compiles.count == 0
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_narrow_parameters(dtype):
     params, data = problem(dtype)
     A = create_ggn_mv(with_spare, params, data, "cross_entropy")
@@ -475,10 +475,16 @@ def test_narrow_parameters(dtype):
     found = jax.jit(lambda A, b: solve(A, b, 1.0))(A, b)
     M = dense("ggn") + np.eye(len(flat(b)))
     error = np.linalg.norm(flat(found.x) - np.linalg.solve(M, flat(b))) / np.linalg.norm(flat(found.x))
-    assert error < {"bfloat16": 0.2, "float32": 1e-4}[dtype]
+    assert error < {"bfloat16": 0.2, "float16": 0.02, "float32": 1e-4}[dtype]
     assert [leaf.dtype.name for leaf in jax.tree.leaves(found.x)] == [dtype] * 4
     values, _ = eigsh(A, 3)
-    assert_close(np.asarray(values, np.float64), np.linalg.eigvalsh(dense("ggn"))[::-1][:3], rtol={"bfloat16": 0.1, "float32": 1e-4}[dtype])
+    assert_close(np.asarray(values, np.float64), np.linalg.eigvalsh(dense("ggn"))[::-1][:3], rtol={"bfloat16": 0.1, "float16": 0.01, "float32": 1e-4}[dtype])
+    estimates = [(logdet(A, 1.0, key=random.key(0)), np.linalg.slogdet(M)[1]), (trace(A, "hutchinson", key=random.key(0)), np.trace(dense("ggn")))]
+    for found, exact in estimates:
+        assert found.value.dtype == "float32" and abs(float(found.value) - exact) < 4 * float(found.standard_error)
+    if dtype != "float32":
+        with pytest.raises(ValueError, match="method: got 'lobpcg', expected 'lanczos' for parameters in half precision"):
+            eigsh(A, 2, method="lobpcg")
     drawn = sample(A, random.key(0), 1.0, 2)
     assert [leaf.dtype.name for leaf in jax.tree.leaves(drawn)] == [dtype] * 4
     assert np.isfinite(np.asarray(ravel_pytree(drawn)[0], np.float64)).all()
