@@ -15,13 +15,25 @@ from .conjugate_gradients import Correction, LinearSystem, row_norms
 from .products import repeat_while
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d0006
-def orthonormal_rows(vecs: jax.Array) -> jax.Array:  # (min(K, P), P)
+def _widened(vecs: jax.Array) -> jax.Array:
+    "In float64, where JAX has it"
+    return vecs.astype(jnp.result_type(float))
+
+
+def _whitened(vecs: jax.Array) -> jax.Array:
+    "Combinations of the rows that are nearly orthonormal, or zero"
+    wide = _widened(vecs)
+    values, U = jnp.linalg.eigh(jnp.matmul(wide, wide.T, precision="highest"))
+    small = max(float(jnp.finfo(vecs.dtype).eps), 100 * float(jnp.finfo(wide.dtype).eps))
+    independent = values > small * values[-1]
+    inverses = jnp.where(independent, jax.lax.rsqrt(jnp.where(independent, values, 1)), 0)
+    return jnp.matmul((U * inverses[None]).T.astype(vecs.dtype), vecs, precision="highest")
+
+
+def orthonormal_rows(vecs: jax.Array) -> jax.Array:  # (K, P)
     "Orthonormal rows, or zeros, that span what the rows of `vecs`, (K, P), span"
     sizes = row_norms(vecs)[:, None]
-    Q, R = jnp.linalg.qr((vecs / jnp.where(sizes > 0, sizes, 1)).T)
-    U, S, _ = jnp.linalg.svd(R, full_matrices=False)
-    independent = S > jnp.finfo(vecs.dtype).eps ** 0.5 * S[0]
-    return jnp.where(independent[:, None], (Q @ U).T, 0)
+    return _whitened(_whitened(vecs / jnp.where(sizes > 0, sizes, 1)))
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d0009
 class _Inverse(NamedTuple):
@@ -33,7 +45,7 @@ class _Inverse(NamedTuple):
 
 def _inverse(p: jax.Array, q: jax.Array, eps: float) -> _Inverse:
     "From the rows P and A P; the small eigenproblem is in float64 where JAX has it"
-    products = jnp.matmul(p, q.T, precision="highest").astype(jnp.result_type(float, p.dtype))
+    products = _widened(jnp.matmul(p, q.T, precision="highest"))
     values, U = jnp.linalg.eigh((products + products.T) / 2)
     noise = 10 * eps * jnp.max(row_norms(q)).astype(values.dtype)
     inverses = jnp.where(values > noise, 1 / jnp.where(values > noise, values, 1), 0)
@@ -44,7 +56,7 @@ def _inverse(p: jax.Array, q: jax.Array, eps: float) -> _Inverse:
 class _State(NamedTuple):
     x: jax.Array  # (K, P)
     r: jax.Array  # (K, P), by the recursion
-    p: jax.Array  # (min(K, P), P), orthonormal, or zero
+    p: jax.Array  # (K, P), orthonormal, or zero
     steps: jax.Array
     indefinite: jax.Array
     useful: jax.Array  # did the last directions win anything?

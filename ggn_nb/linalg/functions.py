@@ -291,7 +291,7 @@ def inverse_sqrt(
 
     - `M`: an operator. A `Gram` matrix of G stands for G.
     - `damping`: as in `solve`.
-    - `tolerance`: by products: ten more of them change the result by less, relative to its length.
+    - `tolerance`: by products: a quarter more of them change the result by less, relative to it.
       By default as in `solve`.
     - `max_steps`: by products: at most so many, with as many vectors stored; by default P, and at
       most 300 and 1 GB.

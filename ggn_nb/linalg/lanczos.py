@@ -47,14 +47,15 @@ def random_unit(vectors: jax.Array, key: jax.Array) -> jax.Array:
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10007
 @program
-def _with_product(basis: Basis, j: jax.Array, image: jax.Array, key: jax.Array) -> Basis:
+def _with_product(basis: Basis, j: jax.Array, image: jax.Array, key: jax.Array | None) -> Basis:
     "The basis with one more vector, from the product with its j-th"
     left, coefficients = _orthogonal(basis.vectors, image)
     rows = basis.coefficients.at[j].set(coefficients[:-1])
     rest = jnp.linalg.norm(left)
     is_new = rest > 10 * jnp.finfo(left.dtype).eps * jnp.max(jnp.abs(rows))
-    following = jax.lax.cond(is_new, lambda: left / rest, lambda: random_unit(basis.vectors, key))
-    vectors = basis.vectors.at[j + 1].set(following)
+    unit = left / jnp.where(is_new, rest, 1)
+    other = lambda: jnp.zeros_like(unit) if key is None else random_unit(basis.vectors, key)
+    vectors = basis.vectors.at[j + 1].set(jax.lax.cond(is_new, lambda: unit, other))
     return Basis(vectors, rows, jnp.where(is_new, rest, 0))
 
 
@@ -63,13 +64,14 @@ def _extended(
     basis: Basis,
     start: jax.Array,  # how many of its vectors were multiplied
     stop: jax.Array,  # how many shall be, at most m
-    key: jax.Array,
+    key: jax.Array | None,  # for vectors beside an invariant subspace; None: the basis ends there
 ) -> Basis:
     "The basis after more products"
     def step(state):
         j, basis = state
         image = multiply(basis.vectors[j])
-        return j + 1, _with_product(basis, j, image, jax.random.fold_in(key, j))
+        own = None if key is None else jax.random.fold_in(key, j)
+        return j + 1, _with_product(basis, j, image, own)
     wanted = lambda state: state[0] < stop
     state = (start, basis)
     return repeat_while(wanted, step, state, in_program=multiply.operator.traceable)[1]
@@ -79,7 +81,7 @@ _extended_in_program = program(_extended)
 
 
 def extended(
-    multiply: FlatProduct, basis: Basis, start: Any, stop: Any, key: jax.Array
+    multiply: FlatProduct, basis: Basis, start: Any, stop: Any, key: jax.Array | None = None
 ) -> Basis:
     "The same; one program where the operator can be in one"
     extend = _extended_in_program if multiply.operator.traceable else _extended
@@ -89,6 +91,12 @@ def extended(
 def small_matrix(basis: Basis) -> jax.Array:
     "T = QᵀAQ, from the coefficients on one side of its diagonal"
     return jnp.tril(basis.coefficients) + jnp.tril(basis.coefficients, -1).T
+
+
+def ended_matrix(basis: Basis) -> jax.Array:
+    "T of a basis that may have ended: after that, a diagonal with its first entry"
+    T = small_matrix(basis)
+    return T + jnp.diag(jnp.where(jnp.any(T != 0, axis=1), 0, T[0, 0]))
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e1000d
 Which = Literal["LA", "SA", "LM"]

@@ -12,13 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .lanczos import Basis, empty_basis, extended, small_matrix
+from .lanczos import Basis, empty_basis, ended_matrix, extended
 from .products import FlatProduct, repeat_while
 
 # %% ../../nbs/linalg/08_lanczos_functions.ipynb #4b750006
 def first_coefficients(basis: Basis, known: jax.Array, fn: Callable) -> jax.Array:
     "f(T) e_0 for the first `known` vectors of the basis, zero for all others"
-    matrix = small_matrix(basis)
+    matrix = ended_matrix(basis)
     has = jnp.arange(len(matrix)) < known
     both = has[:, None] & has[None, :]
     matrix = jnp.where(both, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
@@ -26,9 +26,6 @@ def first_coefficients(basis: Basis, known: jax.Array, fn: Callable) -> jax.Arra
     return (vectors @ (fn(values) * vectors[0])).astype(matrix.dtype)
 
 # %% ../../nbs/linalg/08_lanczos_functions.ipynb #4b750007
-_STEPS_BETWEEN = 10
-
-
 class FunctionOfMatrix(NamedTuple):
     "How far f(A) v is"
     basis: Basis
@@ -49,10 +46,9 @@ def matrix_function(
     norm = jnp.linalg.norm(vec)
     unit = jnp.zeros_like(vec).at[0].set(1)
     first = jnp.where(norm > 0, vec / jnp.where(norm > 0, norm, 1), unit)
-    key = jax.random.key(0)  # for vectors beside an invariant subspace, where f(A) v has no part
     def step(s):
-        known = jnp.minimum(s.known + _STEPS_BETWEEN, size)
-        basis = extended(multiply, s.basis, s.known, known, key)
+        known = jnp.minimum(s.known + jnp.maximum(10, s.known // 4), size)
+        basis = extended(multiply, s.basis, s.known, known)
         new = first_coefficients(basis, known, fn)
         change = jnp.linalg.norm(new - s.coefficients) / jnp.linalg.norm(new)
         is_all = (known == multiply.size) & jnp.isfinite(change)

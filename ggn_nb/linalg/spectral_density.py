@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ..layers.diagonal import Estimate
 from ..layers.probes import mean_and_error
 from .frobenius_norm import check_probes
-from .lanczos import empty_basis, extended, small_matrix
+from .lanczos import empty_basis, ended_matrix, extended
 from .products import FlatProduct, linearized_once, without_slopes
 from ..operators.fisher import check_one_key
 from ..operators.operator import Operator
@@ -33,7 +33,7 @@ def nodes_and_weights(
     size = min(num_steps, multiply.size)
     signs = jax.random.rademacher(key, (multiply.size,), multiply.dtype)
     basis = empty_basis(signs / multiply.size**0.5, size)
-    T = small_matrix(extended(multiply, basis, 0, size, key))
+    T = ended_matrix(extended(multiply, basis, 0, size))
     nodes, vectors = jnp.linalg.eigh(T.astype(jnp.result_type(float, T.dtype)))
     return nodes, multiply.size * jnp.square(vectors[0])
 
