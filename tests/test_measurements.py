@@ -87,7 +87,6 @@ def newest(name: str) -> dict:
 def test_targets_are_of_what_is_measured():
     """Each target is of a case and a contestant that the newest measurement on a CPU has."""
     products, policies, layers = newest("products"), newest("policies"), newest("layers")
-    functions = newest("linear-algebra")["functions"]
     measured = {
         "products": policies["products"],
         "eight vectors": {case: by_k["8"] for case, by_k in policies["vectors"].items()},
@@ -95,7 +94,6 @@ def test_targets_are_of_what_is_measured():
         "compiling": policies["compiling"],
         "overhead": {"eager call": {name.removeprefix("G, ") for name in products["overhead"]}},
         "layers": {f"{part}, {case}": names for part in ("diagonals", "products") for case, names in layers[part].items()},
-        "linear algebra": {f"{name}, {case}": found["ours over"] for name, by in functions.items() for case, found in by.items()},
     }
     assert set(TARGETS) == {"where", "unit", *measured}
     assert set(TARGETS["unit"]) == set(measured)

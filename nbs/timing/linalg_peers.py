@@ -30,7 +30,7 @@ class Case(NamedTuple):
     damping: jax.Array
 
 
-SAMPLES = {"small MLP": 128, "CNN": 16, "MLP": 32}
+SAMPLES = {"small MLP": 128, "CNN": 16, "MLP": 8}
 DAMPING = {"small MLP": 1.0, "CNN": 10.0, "MLP": 100.0}  # about a hundredth of the largest eigenvalue
 
 
@@ -122,6 +122,7 @@ def torch_matrix(case: Case) -> tuple[Any, Any, Callable, Callable]:
     from curvlinops import GGNLinearOperator
     from curvlinops.diag import DiagonalLinearOperator
 
+    torch.set_num_threads(1)  # its threads and those of JAX would wait for each other
     unravel, model = ravel_pytree(case.params)[1], twin_of(case.params)
     weights = list(model.parameters())
     loss, batches = torch.nn.CrossEntropyLoss(reduction="sum"), [tensors_of(case.data)]
@@ -333,6 +334,11 @@ def is_there(peer: str) -> bool:
     return bool(find_spec(package)) and bool(find_spec(module))
 
 
-def peers_for(function: str) -> dict[str, Callable]:
-    """The ways by hand, as far as their packages are installed."""
-    return {peer: make for peer, make in PEERS[function].items() if is_there(peer)}
+MOST_PARAMETERS = {"curvlinops": 1000, "Cholesky": 5000}
+
+
+def peers_for(function: str, case: Case) -> dict[str, Callable]:
+    """The ways by hand, as far as their packages are installed and the case is not too large for them."""
+    size = case.G.shape[0]
+    able = [peer for peer in PEERS[function] if size <= MOST_PARAMETERS.get(peer, size) and is_there(peer)]
+    return {peer: PEERS[function][peer] for peer in able}
