@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000002
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from ggn_nb.operators.operator import Operator
 from ggn_nb.operators.samples import Samples, count_samples
 from ggn_nb.operators.square_root import SquareRoot
 from ggn_nb.operators.streamed import Streamed
-from ggn_nb.tools.arrays import is_traced
+from ggn_nb.tools.arrays import is_traced, matmul
 from ggn_nb.tools.programs import program
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000021
@@ -60,7 +59,7 @@ def _by_woodbury(
     damping: jax.Array,
 ) -> jax.Array:
     "Bᵀ (A Aᵀ + δI)⁻¹ C"
-    inside = jnp.matmul(left / (eigenvalues + damping)[None], right.T, precision="highest")
+    inside = matmul(left / (eigenvalues + damping)[None], right.T)
     return (inner - inside) / damping
 
 
@@ -74,7 +73,7 @@ def _cancels(
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000032
 def _in_eigenvectors(K: Gram, root: SquareRoot) -> jax.Array:  # (M_root, M)
     "rootᵀ A U"
-    return jnp.matmul(cross_gram(root, K.root), K.eigh()[1], precision="highest")
+    return matmul(cross_gram(root, K.root), K.eigh()[1])
 
 
 def _own_products(root: SquareRoot) -> jax.Array:  # (N, C, C)
@@ -127,9 +126,6 @@ def _as_rows(columns: Any) -> Any:
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), columns)
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000035
-_matmul = partial(jnp.matmul, precision="highest")
-
-
 def _beside_span(
     K: Gram, b: Any, inside: jax.Array, damping: jax.Array
 ) -> tuple[Any, jax.Array]:
@@ -137,11 +133,11 @@ def _beside_span(
     eigenvalues, U = K.eigh()
     def step(_, state):
         e, u, correction = state
-        change = _matmul(correction, U.T)
+        change = matmul(correction, U.T)
         e = jax.tree.map(jnp.subtract, e, combine_columns(K.root, change))
         u = u + change
         g = project_on_columns(K.root, e) - damping * u
-        return e, u, _matmul(g, U) / (eigenvalues + damping)[None]
+        return e, u, matmul(g, U) / (eigenvalues + damping)[None]
     start = b, jnp.zeros_like(inside), inside / (eigenvalues + damping)[None]
     e, _, correction = jax.lax.fori_loop(0, 3, step, start)
     return e, correction
@@ -189,7 +185,7 @@ def _by_gradients(
     "leftᵀ (G + δI)⁻¹ right, likewise, by the gradients of the left side"
     def rows(b, inside, e, correction):
         products = project_on_columns(right, _as_rows(e))
-        found = (products - _matmul(_as_rows(correction), in_right.T)) / damping
+        found = (products - matmul(_as_rows(correction), in_right.T)) / damping
         return found.reshape(*inside.shape[:2], -1)
     return _map_columns(rows, K, left, in_left, damping).reshape(left.shape[1], right.shape[1])
 

@@ -22,7 +22,9 @@ from ggn_nb.layers.sums import check_is_ggn, sum_over_data
 from ggn_nb.losses.loss import Loss
 from ggn_nb.operators.fisher import check_key, heads_of, threefry_key
 from ggn_nb.operators.ggn import GGN
-from ggn_nb.operators.operator import Damped, Diagonal, Operator, Scaled, Sum, scale_tree
+from ggn_nb.operators.operator import (
+    Damped, Diagonal, Operator, Scaled, Sum, check_operator, scale_tree,
+)
 from ggn_nb.operators.samples import widen
 from ggn_nb.operators.square_root import with_root
 from ggn_nb.operators.streamed import Streamed
@@ -250,8 +252,7 @@ _TRACE_ESTIMATORS = (*get_args(Estimator), *get_args(ProbeEstimator))
 
 def _by_probes(A: Any, estimator: ProbeEstimator, key: Any, num_probes: Any) -> Estimate:
     "The trace of any operator"
-    if not isinstance(A, Operator):
-        raise TypeError(f"G: got {type(A).__name__}, expected an Operator")
+    check_operator(A, "G")
     check_key(key, f"estimator={estimator!r}")
     number, most = check_size(num_probes, "num_probes") or min(10, A.shape[0]), A.shape[0]
     if number < 2 or (estimator == "xtrace" and number > most):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import keystr
 
-from ggn_nb.layers.model_pairs import ModelPairs, combine, pairs_of
+from ggn_nb.layers.model_pairs import ModelPairs, all_leaves, combine, pairs_of
 from ggn_nb.layers.pairs import Pair, pair_of_bias
 from ggn_nb.layers.sums import check_is_ggn
 from ggn_nb.operators.curvature import Curvature, Problem
@@ -191,14 +191,13 @@ def _gradients_both_ways(operator: Curvature, key: jax.Array) -> tuple[Any, Any]
     problem, samples, column = operator.problem, operator.samples, _RandomColumn(key)
     if problem.vmap_over_data: samples = jax.tree.map(lambda leaf: leaf[:1], samples)
     pairs = pairs_of(problem, samples, column)
-    zeros = {i: jnp.zeros(s.shape, s.dtype) for i, s in enumerate(pairs.structures)}
     one = jnp.ones((1, 1), pairs.structures[0].dtype)
-    found = zeros | combine(pairs.all, one, pairs.structures)
+    found = all_leaves(combine(pairs.all, one, pairs.structures), pairs.structures)
     first = jax.tree.map(lambda leaf: leaf[0], samples) if problem.vmap_over_data else samples
     predict = lambda p: call_model(problem.model_fn, first.input, cast_like(p, problem.params))
     pred, vjp = jax.vjp(predict, widen(problem.params))
     column = jax.tree.map(lambda c: c[0], column(problem, pred, first)[0])
-    return list(found.values()), jax.tree.leaves(vjp(column)[0])
+    return found, jax.tree.leaves(vjp(column)[0])
 
 
 @adds_checks

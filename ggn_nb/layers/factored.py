@@ -9,9 +9,8 @@ __all__ = []
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from ggn_nb.layers.model_pairs import ModelPairs, combine, project
+from ggn_nb.layers.model_pairs import ModelPairs, all_leaves, combine, project
 from ggn_nb.layers.sums import pairs_in_chunks
 from ggn_nb.operators.curvature import Problem
 from ggn_nb.operators.ggn import Way, register_way
@@ -27,12 +26,12 @@ def factored_product(
 ) -> Any:
     "Σ_nc s u gradient, with u = ⟨gradient, vec⟩ over the leaves of a block"
     vecs, treedef = jax.tree.flatten(vec)
-    found = dict(enumerate(map(jnp.zeros_like, vecs)))
+    found: dict[int, jax.Array] = {}
     for part in pairs.in_blocks(problem.blocks or (0,) * len(vecs)).values():
         u = project(part, vecs)
         if pairs.signs is not None: u *= pairs.signs
         found |= combine(part, u, pairs.structures)
-    return treedef.unflatten(found.values())
+    return treedef.unflatten(all_leaves(found, pairs.structures))
 
 # %% ../../nbs/layers/21_factored.ipynb #b9020004
 _MOST_BYTES = 8 * 10**9

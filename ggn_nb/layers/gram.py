@@ -19,7 +19,7 @@ from .columns import RootColumns
 from .diagonal import diagonal, known_diagonal
 from .eigh import symmetric_eigh
 from .inner import inner_products
-from .model_pairs import combine, pairs_of, project
+from .model_pairs import all_leaves, combine, pairs_of, project
 from .sums import samples_at_once
 from ..operators.chunks import map_over_chunks, sum_over_chunks
 from ..operators.curvature import on_samples
@@ -91,9 +91,7 @@ def combine_columns(root: SquareRoot, us: jax.Array) -> Any:  # trees (K, …) f
     problem, samples = root.operator.problem, root.operator.samples
     def add_up(part):
         pairs = pairs_of(problem, part[0], RootColumns())
-        def one(u):
-            found = dict(enumerate(jnp.zeros(s.shape, s.dtype) for s in pairs.structures))
-            return list((found | combine(pairs.all, u, pairs.structures)).values())
+        one = lambda u: all_leaves(combine(pairs.all, u, pairs.structures), pairs.structures)
         with jax.default_matmul_precision("highest"):
             return jax.lax.map(one, part[1].swapaxes(0, 1), batch_size=_VECTORS_AT_ONCE)
     back = np.argsort(np.arange(root.shape[1])[_in_order(root)])

@@ -169,6 +169,11 @@ def combine(pairs: Sequence[Pair], u: jax.Array, structures: Sequence[Any]) -> d
     return {leaf: _sum_leaves(found, structures[leaf]) for leaf, found in parts.items()}
 
 
+def all_leaves(found: dict[int, jax.Array], structures: Sequence[Any]) -> list[jax.Array]:
+    "What was found of each leaf, by its number, and zero for the others"
+    return [found[i] if i in found else _sum_leaves([], s) for i, s in enumerate(structures)]
+
+
 def _sum_leaves(parts: Sequence[jax.Array], like: Any) -> jax.Array:
     "The sum of parts like a leaf, in float32 or better; zero where there are none"
     return sum(parts, jnp.zeros(like.shape, working_dtype(like.dtype)))

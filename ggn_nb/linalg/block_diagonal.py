@@ -20,7 +20,7 @@ from ..layers.eigh import symmetric_eigh, zero_below
 from .closed_forms import ClosedForms, closed_forms
 from .matrix_functions import INVERSE_ROOT, times_function
 from ..losses.weights import raise_faults
-from ..tools.arrays import register_pytree, working_dtype
+from ..tools.arrays import matmul, register_pytree, working_dtype
 
 # %% ../../nbs/linalg/03_block_diagonal.ipynb #1fa03006
 def _without_noise(eigenvalues: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ class BlockForms(ClosedForms):
 
     def multiply(self, damping: Any, vec: Any) -> Any:
         def times(block, part):
-            return matvec(block, part) + damping.astype(part.dtype) * part
+            return matmul(block, part) + damping.astype(part.dtype) * part
         return self._on_blocks(times, vec, self.operator.blocks)
 
     def inverse_root(self, damping: Any, vec: Any) -> Any:
@@ -82,13 +82,10 @@ class BlockForms(ClosedForms):
         def vector(place):
             unit = jax.nn.one_hot(place, M.shape[0], dtype=values.dtype)
             parts = zip(self.vectors, jnp.split(unit, ends), strict=True)
-            return M.join([matvec(U, part.astype(U.dtype)) for U, part in parts])
+            return M.join([matmul(U, part.astype(U.dtype)) for U, part in parts])
         return values, jax.vmap(vector)(places)
 
 # %% ../../nbs/linalg/03_block_diagonal.ipynb #1fa03008
-matvec = partial(jnp.matmul, precision="highest")  # in float32 proper, on accelerators too
-
-
 @closed_forms.register(DenseBlocks)
 def _forms_of_blocks(operator: DenseBlocks) -> BlockForms:
     "One eigendecomposition a block"

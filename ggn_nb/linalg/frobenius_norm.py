@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ..layers.diagonal import Estimate
 from ..layers.probes import mean_and_error, random_products
 from ..operators.fisher import check_one_key
-from ..operators.operator import Operator
+from ..operators.operator import Operator, check_operator
 from ..tools.checks import check_size
 
 # %% ../../nbs/linalg/08_frobenius_norm.ipynb #530d0006
@@ -48,8 +48,7 @@ def frobenius_norm(A: Operator, key: Any, *, num_probes: int | None = None) -> E
         >>> frobenius_norm(Diagonal(jnp.array([3.0, 4.0])), jax.random.key(0)).value.round(3)
         Array(5., dtype=float32)
     """
-    if not isinstance(A, Operator):
-        raise TypeError(f"A: got {type(A).__name__}, expected an Operator")
+    check_operator(A, "A")
     check_one_key(key)
     _, products = random_products(A, jnp.asarray(key), check_probes(num_probes))
     squared, error = mean_and_error(jnp.sum(jnp.square(products), axis=1))

@@ -497,11 +497,7 @@ class _Pairs(NamedTuple):
     ended: jax.Array  # () or (k,) bool: is the search over, or were steps missing?
 
 
-@partial(program, static_argnums=(1, 2, 3, 4))
-def _by_lobpcg(
-    multiply: FlatProduct, k: int, which: Which, tolerance: float, max_steps: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return lobpcg_eigenpairs(multiply, k, which, tolerance, max_steps, key)
+_by_lobpcg = program(lobpcg_eigenpairs, static_argnums=(1, 2, 3, 4))
 
 
 def _pairs_by_products(

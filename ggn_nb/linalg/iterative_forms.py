@@ -22,7 +22,7 @@ from ggn_nb.linalg.closed_forms import (
 from .conjugate_gradients import LinearSystem, lineax_round, row_norms, solve_in_rounds
 from .lanczos_functions import matrix_function
 from .products import FlatProduct, linearized_once, refuse_slopes
-from ..operators.operator import Operator, register_operator, unravel
+from ..operators.operator import Operator, check_operator, register_operator, unravel
 from ..operators.samples import cast_like, widen
 from ..tools.arrays import register_pytree
 from ..tools.checks import check_like, check_scalar, check_size
@@ -62,9 +62,7 @@ class ApproximateInverse(Operator):
 def read_preconditioner(preconditioner: Any, damping: Any, like: Operator) -> Operator | None:
     "An operator on what `like` acts on, or None"
     if preconditioner is None: return None
-    if not isinstance(preconditioner, Operator):
-        kind = type(preconditioner).__name__
-        raise TypeError(f"preconditioner: got {kind}, expected an Operator")
+    check_operator(preconditioner, "preconditioner")
     if isinstance(preconditioner, BlockDiagonal): preconditioner = preconditioner.dense_blocks()
     if (forms := closed_forms(preconditioner)) is not None:
         preconditioner = ApproximateInverse(forms, forms.read_damping(damping))
@@ -199,8 +197,7 @@ def iterative_forms(
     max_steps: Any = None,
 ) -> IterativeForms:
     "The forms of an operator, with what its products share computed once"
-    if not isinstance(M, Operator):
-        raise TypeError(f"M: got {type(M).__name__}, expected an Operator")
+    check_operator(M, "M")
     if tolerance is not None:
         check_scalar(tolerance, "tolerance", positive=True)
         if isinstance(tolerance, jax.core.Tracer):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from ..tools.arrays import matmul
+
 # %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00006
 def inverse_root(
     eigenvalues: jax.Array,
@@ -62,30 +64,27 @@ INVERSE_ROOT = SpectralFunction(inverse_root, _root_difference)
 INVERSE_ROOT_QUOTIENT = SpectralFunction(inverse_root_quotient, _quotient_difference)
 
 # %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00022
-_matmul = partial(jnp.matmul, precision="highest")  # in float32 proper, on accelerators too
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _product(
     fn: SpectralFunction, matrix: Any, eigenvalues: Any, vectors: Any, damping: Any, vec: Any
 ) -> jax.Array:
-    return _matmul(vectors, fn.value(eigenvalues, damping) * _matmul(vectors.T, vec))
+    return matmul(vectors, fn.value(eigenvalues, damping) * matmul(vectors.T, vec))
 
 
 @partial(_product.defjvp, symbolic_zeros=True)
 def _slope_of_product(fn: SpectralFunction, args: tuple, slopes: tuple) -> tuple:
     matrix, eigenvalues, U, damping, vec = args
     by_matrix, _, _, by_damping, by_vec = slopes
-    x = _matmul(U.T, vec)
+    x = matmul(U.T, vec)
     values, total = fn.value(eigenvalues, damping), jnp.zeros_like(x)
     if not isinstance(by_matrix, SymbolicZero):
-        X = _matmul(_matmul(U.T, (by_matrix + by_matrix.T) / 2), U)
+        X = matmul(matmul(U.T, (by_matrix + by_matrix.T) / 2), U)
         F = fn.difference(eigenvalues[:, None], eigenvalues[None], damping)
-        total += _matmul(F * X, x)
+        total += matmul(F * X, x)
     if not isinstance(by_damping, SymbolicZero):
         total += jax.jvp(partial(fn.value, eigenvalues), (damping,), (by_damping,))[1] * x
-    if not isinstance(by_vec, SymbolicZero): total += values * _matmul(U.T, by_vec)
-    return _matmul(U, values * x), _matmul(U, total)
+    if not isinstance(by_vec, SymbolicZero): total += values * matmul(U.T, by_vec)
+    return matmul(U, values * x), matmul(U, total)
 
 
 def times_function(

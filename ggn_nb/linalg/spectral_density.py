@@ -20,7 +20,7 @@ from .frobenius_norm import check_probes
 from .lanczos import empty_basis, ended_matrix, extended
 from .products import FlatProduct, linearized_once, without_slopes
 from ..operators.fisher import check_one_key
-from ..operators.operator import Operator
+from ..operators.operator import Operator, check_operator
 from ..tools.arrays import register_pytree
 from ..tools.checks import check_size
 from ..tools.programs import program
@@ -185,8 +185,7 @@ def spectral_density(
         >>> found.cumulative(jnp.array([-1.0, 1.0, 6.0])).value.round()
         Array([0., 3., 4.], dtype=float32)
     """
-    if not isinstance(A, Operator):
-        raise TypeError(f"A: got {type(A).__name__}, expected an Operator")
+    check_operator(A, "A")
     check_one_key(key)
     number, steps = check_probes(num_probes), check_size(num_steps, "num_steps") or 50
     multiply = FlatProduct(linearized_once(A))

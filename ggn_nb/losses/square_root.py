@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .loss import Loss
-from ..tools.arrays import register_pytree, working_dtype
+from ..tools.arrays import matmul, register_pytree, working_dtype
 
 # %% ../../nbs/losses/06_square_root.ipynb #5a000004
 class Rows(NamedTuple):
@@ -77,16 +77,13 @@ def _eigen(H: jax.Array) -> tuple[jax.Array, jax.Array]:
     return tuple(jnp.linalg.eigh(H, symmetrize_input=False))
 
 
-_matmul = partial(jnp.matmul, precision="highest")
-
-
 def _root_and_basis(H: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     "S = U √max(λ, 0) Uᵀ; with √max(λ, 0) and U"
     values, U = _eigen(H)
     largest = jnp.max(jnp.abs(values), axis=1, keepdims=True)
     absent = values <= H.shape[-1] * jnp.finfo(H.dtype).eps * largest
     roots = jnp.where(absent, 0, jnp.sqrt(jnp.where(absent, 1, values)))
-    return _matmul(U * roots[:, None, :], U.mT), roots, U
+    return matmul(U * roots[:, None, :], U.mT), roots, U
 
 # %% ../../nbs/losses/06_square_root.ipynb #5a0000fe
 @jax.custom_jvp
@@ -99,9 +96,9 @@ def principal_root(H: jax.Array) -> jax.Array:
 def _derivative_of_root(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     S, roots, U = _root_and_basis(*primals)
     sums = roots[:, :, None] + roots[:, None, :]
-    rotated = _matmul(_matmul(U.mT, tangents[0]), U)
+    rotated = matmul(matmul(U.mT, tangents[0]), U)
     divided = jnp.where(sums > 0, rotated / jnp.where(sums > 0, sums, 1), 0)
-    return S, _matmul(_matmul(U, divided), U.mT)
+    return S, matmul(matmul(U, divided), U.mT)
 
 # %% ../../nbs/losses/06_square_root.ipynb #5a000111
 def _widened(tree: Any) -> Any:
@@ -169,7 +166,7 @@ class RootFromHessian(Loss):
         S = principal_root(_blocks(product, rows))
         unseen = jnp.all(S == 0, axis=2)  # such as where the mask is false, whatever is there
         known = jnp.where(unseen & ~jnp.isfinite(rows.read(u)), 0, rows.read(u))
-        return _cast_like(rows.write(_matmul(S, known[..., None])[..., 0]), u)
+        return _cast_like(rows.write(matmul(S, known[..., None])[..., 0]), u)
 
     def square_root_transpose_mv(self, v, pred, target=None, **given) -> Any:
         "Sᵀ v = S v; a pytree like `pred`"

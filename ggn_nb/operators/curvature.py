@@ -34,7 +34,7 @@ from ggn_nb.operators.samples import (
     wide_dtype, widen,
 )
 from ggn_nb.tools.arrays import (
-    as_array, register_pytree, sum_entries, vary_over, varying_axes,
+    as_array, is_traced, register_pytree, sum_entries, vary_over, varying_axes,
 )
 from ..tools.checks import check_like
 from ..tools.functions import with_whole_functions
@@ -466,9 +466,8 @@ def _differ(a: Any, b: Any) -> jax.Array:
 def _without_blank_inputs(samples: Samples) -> Samples:
     "`samples`, with the inputs of those that do not count replaced by one that does"
     counts = counting_samples(samples)
-    weights = jax.tree.leaves(samples.weight)
-    traced = any(isinstance(weight, jax.core.Tracer) for weight in weights)
-    if traced and counts is not None: counts = _counts_or_is_finite(samples, counts)
+    if is_traced(samples.weight) and counts is not None:
+        counts = _counts_or_is_finite(samples, counts)
     return harmless_inputs(samples, counts)
 
 

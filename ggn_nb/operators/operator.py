@@ -403,6 +403,12 @@ def _unit_vectors(structure: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.eye(*structure.shape, dtype=structure.dtype)
 
 
+def check_operator(value: Any, name: str) -> None:
+    "Raise `TypeError` unless `value` is an operator"
+    if isinstance(value, Operator): return
+    raise TypeError(f"{name}: got {type(value).__name__}, expected an Operator")
+
+
 def check_vectors(vecs: Any, structure: Any, domain: str, name: str = "vecs") -> None:
     "Raise unless `vecs` is like `structure`, but for an axis in front"
     found = [v.shape[0] for v in jax.tree.leaves(vecs) if getattr(v, "ndim", 0)]

@@ -55,6 +55,10 @@ def is_traced(tree: Any) -> bool:
     "Is one of the arrays that of a function which is being compiled?"
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
+# %% ../../nbs/tools/01_arrays.ipynb #66bee175
+matmul = partial(jnp.matmul, precision="highest")  # in float32 proper, on accelerators too
+
+
 # %% ../../nbs/tools/01_arrays.ipynb #6a259dcf
 def is_key(array: Any) -> bool:
     "Is it an array of JAX's own key type?"

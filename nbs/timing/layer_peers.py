@@ -8,8 +8,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from ggn_nb.tools.models import mlp
+from ggn_nb.tools.timing import timing_case
+from jax import random
 from jax.flatten_util import ravel_pytree
 from peers import from_torch, layers_of, make_torch_layer, with_layers
+
+
+def case_of(name: str, num_samples: int | None = None) -> tuple[Callable, Any, dict]:
+    """A case of `timing_case`, or the "small MLP": a perceptron of 630 parameters, by default on 128 samples."""
+    if name != "small MLP":
+        return timing_case(name, num_samples)
+    model_fn, params = mlp(random.key(0), (20, 20, 10))
+    size = num_samples or 128
+    inputs = random.normal(random.key(1), (size, 20))
+    return model_fn, params, {"input": inputs, "target": random.randint(random.key(2), (size,), 0, 10)}
 
 
 @dataclass(frozen=True)

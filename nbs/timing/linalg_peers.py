@@ -13,11 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ggn_nb import create_ggn_mv
-from ggn_nb.tools.models import mlp
-from ggn_nb.tools.timing import timing_case
 from jax import random
 from jax.flatten_util import ravel_pytree
-from layer_peers import like_params, tensors_of, twin_of
+from layer_peers import case_of, like_params, tensors_of, twin_of
 
 
 class Case(NamedTuple):
@@ -34,18 +32,9 @@ SAMPLES = {"small MLP": 128, "CNN": 16, "MLP": 8}
 DAMPING = {"small MLP": 1.0, "CNN": 10.0, "MLP": 100.0}  # about a hundredth of the largest eigenvalue
 
 
-def model_of(name: str, num_samples: int) -> tuple[Callable, Any, dict]:
-    """The small perceptron has 630 parameters; the others are those of `timing_case`."""
-    if name != "small MLP":
-        return timing_case(name, num_samples)
-    model_fn, params = mlp(random.key(0), (20, 20, 10))
-    inputs = random.normal(random.key(1), (num_samples, 20))
-    return model_fn, params, {"input": inputs, "target": random.randint(random.key(2), (num_samples,), 0, 10)}
-
-
 def make_case(name: str, num_samples: int | None = None) -> Case:
     """A case by its name."""
-    model_fn, params, data = model_of(name, num_samples or SAMPLES[name])
+    model_fn, params, data = case_of(name, num_samples or SAMPLES[name])
     G = create_ggn_mv(model_fn, params, data, "cross_entropy")
     return Case(model_fn, params, data, G, jnp.asarray(DAMPING[name]))
 
