@@ -1,5 +1,6 @@
 """The notebooks: each one runs, is clean, and agrees with what is made from it."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -61,6 +62,8 @@ PROCESSES.set_forkserver_preload(["ggn_nb", "matplotlib.pyplot", "nbdev.test"])
 
 def check_notebook(path: Path, flags: str) -> str:
     """Run the cells of a notebook, as nbdev does; the traceback of the first that fails."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as errors:
         passed, _ = run_cells(path, get_config().tst_flags.split(), flags.split())
     return "" if passed else errors.getvalue()

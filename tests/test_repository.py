@@ -4,10 +4,12 @@ import json
 import re
 import sys
 from configparser import ConfigParser
+from itertools import combinations, product
+from math import prod
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, cover
 from tools import NBS, directives
 
 CONFIG = ConfigParser(delimiters=["="])
@@ -21,6 +23,17 @@ FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 def minors(first: str, last: str) -> list[str]:
     """The versions of Python from one to another: 3.11, 3.12, …"""
     return [f"3.{minor}" for minor in range(int(first.split(".")[1]), int(last.split(".")[1]) + 1)]
+
+
+@pytest.mark.parametrize("sizes", [(5,), (4, 3), (2, 5, 3), (2, 1, 2, 3)], ids=str)
+def test_a_cover_of_cases_has_all_pairs_of_values_and_few_cases(sizes):
+    cases = list(product(*map(range, sizes)))
+    strength = 2 if len(sizes) > 2 else 1
+    parts = lambda cases: {part for case in cases for part in combinations(enumerate(case), strength)}
+    chosen = cover(cases)
+    assert chosen <= set(cases)
+    assert parts(chosen) == parts(cases)
+    assert len(chosen) <= 1.25 * prod(sorted(sizes)[-strength:])
 
 
 def test_citation_and_changelog_have_the_version():

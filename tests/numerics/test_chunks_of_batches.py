@@ -54,6 +54,7 @@ def create(kind, model, loss, **options):
     return CREATE[kind](model, W, DATA, loss, vmap_over_data=False, **options)
 
 
+@pytest.mark.combinations
 @kinds
 @sizes
 @policies
@@ -62,6 +63,7 @@ def test_what_treats_each_sample_by_itself(kind, batch_size, linearize):
     np.testing.assert_allclose(got(V), create(kind, rowwise, "mse")(V), rtol=1e-12)
 
 
+@pytest.mark.combinations
 @kinds
 @sizes
 @policies
@@ -71,6 +73,7 @@ def test_a_model_that_couples_samples_is_refused(kind, batch_size, linearize, mo
         create(kind, model, "mse", batch_size=batch_size, linearize=linearize)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 @sizes
 @pytest.mark.parametrize("loss", [mean_loss, contrastive])

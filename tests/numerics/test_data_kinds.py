@@ -89,6 +89,7 @@ KINDS = {"ggn": create_ggn_mv, "hessian": create_hessian_mv, "fisher": partial(c
 WHOLE = {"mse": ("mse", square, 2), "array": (square, square, 2), "scalar": (mean_square, mean_square, None), "contrastive": (contrastive, contrastive, None)}
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind, loss", [("ggn", name) for name in WHOLE] + [("hessian", "mse"), ("hessian", "scalar"), ("hessian", "contrastive"), ("fisher", "array"), ("fisher", "scalar")])
 @pytest.mark.parametrize("sizes", [(3, 3, 2, 3), (2, 3, 3)], ids=str)
 def test_a_model_of_the_whole_batch_is_taken_batch_by_batch(sizes, kind, loss):
@@ -347,6 +348,7 @@ def two_heads(input, params):
 TWO = multi_head({"a": "mse", "b": "mse"})
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("sizes", [(5, 5, 3), (2, 6, 5)], ids=str)
 @pytest.mark.parametrize("parts", ["mask", "weight", "both"])
 def test_a_head_may_have_parts_of_its_own(parts, sizes):

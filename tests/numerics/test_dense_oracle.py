@@ -47,6 +47,7 @@ def test_oracle_says_something(model, loss):
     assert jnp.max(jnp.abs(G)) > 1e-2
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(("model", "loss", "linearize", "vmap_over_data"), EACH, ids=name)
 def test_product_is_the_dense_one(model, loss, linearize, vmap_over_data):
     case = model_case(model)

@@ -35,6 +35,7 @@ def problem(num_samples, dtype):
     return {"w": one, "b": one}, {"input": x, "target": y}, {"w": one, "b": one}, moments
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("num_samples", [60_000, 300_000])
 @pytest.mark.parametrize("scale", [{"reduction": "mean"}, {"num_total_samples": 1}], ids=str)

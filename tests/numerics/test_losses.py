@@ -134,7 +134,7 @@ LEADS = [(2,), (2, 4), (3, 2, 2)]
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_against_jax_hessian(name):
-    """Value, gradient, Hessian and square root, 26 cases for each of the variants: 520 in all."""
+    """Value, gradient, Hessian and square root, 26 cases for each of the variants with `--flags slow`: 520 in all."""
     variant = VARIANTS[name]
     loss = create_loss(variant.name, **variant.options)
 
@@ -177,7 +177,6 @@ def test_verify_passes(name):
     f, _, y, rng = draw(variant, (2, 4), 1)
     given, _ = weights_for("both", f.shape if variant.size is None else f.shape[:-1], rng)
     loss = create_loss(variant.name, **variant.options)
-    verify(loss, f, y, raise_on_failure=True)
     verify(loss, f, y, **given, raise_on_failure=True)
 
 
@@ -202,6 +201,7 @@ FISHER = {
 }
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", FISHER)
 @pytest.mark.parametrize("f", [-0.7, 0.4])
 def test_fisher_information(name, f):
@@ -442,6 +442,7 @@ def test_public_names_are_documented(name):
 # Half precision and extreme predictions
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(name, dtype):
@@ -463,6 +464,7 @@ def test_half_precision(name, dtype):
 EXPONENTIAL = {"poisson": 80.0, "negative binomial": 1e4, "gamma": 80.0, "heteroscedastic": 80.0}
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_extreme_predictions(name, dtype):

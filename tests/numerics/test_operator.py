@@ -318,6 +318,7 @@ def takes_random_keys_and_integers(input, params):
     return input["x"] @ params * (1.0 + noise)
 
 
+@pytest.mark.combinations
 @policies
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name, linearize):

@@ -69,6 +69,7 @@ POLICIES = [
 ]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", ["ggn", "hessian"])
 @pytest.mark.parametrize("name", CASES)
 def test_policies_agree(name, kind):
@@ -113,6 +114,7 @@ def test_position_masks_in_a_stream():
         AGREE(make(Stream(in_batches(data, 4)))(vec), make(data)(vec))
 
 
+@pytest.mark.combinations
 @kinds
 @pytest.mark.parametrize("options", [{}, {"linearize": "recomputed"}, {"batch_size": 4}, {"stream": 4}], ids=str)
 def test_columns_are_single_products(kind, options):

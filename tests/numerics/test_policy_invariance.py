@@ -167,6 +167,7 @@ def check(name, kind, linearize, batch_size, order, ends, vmap_over_data, reduct
         assert_close(A(VEC), unravel(oracle(case, kind, calls, reduction) @ flat), rtol=1e-9)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("name, kind", PAIRS)
 def test_the_policy_never_changes_the_number(name, kind):
     run_cases(8 if jax.device_count() == 1 else 4, partial(check, name, kind), **{option: st.sampled_from(values) for option, values in OPTIONS.items()})

@@ -57,6 +57,7 @@ SUMS = {
 
 
 # A scatter-add sums in the table's own dtype, here as in a gradient (said in nbs/07_ggn.ipynb): no half-precision tables.
+@pytest.mark.combinations
 @pytest.mark.parametrize(
     ("dtype", "model_fn"),
     [(dtype, fn) for dtype in ("float32", "bfloat16") for fn in SUMS if (dtype, fn) != ("bfloat16", embed)],

@@ -192,6 +192,7 @@ def doubled_mse_reference(pred, target):
 KINDS = [*LOSSES, "given", "tree"]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("linearize", POLICIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_operator_on_random_trees(kind, linearize):

@@ -79,6 +79,7 @@ def test_convolutions_in_a_loop_have_their_channels_last(loop):
     check_loop(LOOPS[loop], make())
 
 
+@pytest.mark.combinations
 @on_cpu
 @policies
 @kinds
@@ -124,6 +125,7 @@ def test_names_and_printing_of_a_model_with_convolutions_go_on(capfd):
 # --- many vectors
 
 
+@pytest.mark.combinations
 @policies
 @pytest.mark.parametrize("size", [None, 1, 3, 8])
 def test_products_with_many_vectors(options, size):

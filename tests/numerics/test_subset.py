@@ -76,6 +76,7 @@ SUBSETS = {
 }
 
 
+@pytest.mark.combinations
 @policies
 @pytest.mark.parametrize("way", ["pattern", "predicate", "tree"])
 @pytest.mark.parametrize("name", SUBSETS)
@@ -331,6 +332,7 @@ def call_layer(input, params):
 ACTIVATIONS = {"of JAX": lambda: jnp.tanh, "lambda": lambda: lambda x: jnp.tanh(x), "partial": lambda: partial(jax.nn.gelu, approximate=True)}
 
 
+@pytest.mark.combinations
 @policies
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_frozen_leaves_may_be_no_arrays(act, linearize):

@@ -186,6 +186,7 @@ def test_an_operator_on_images_as_wide_as_there_are_classes():
 OVERFLOWS = [("poisson", {}), ("negative_binomial", {"concentration": 1.5}), ("gamma", {"concentration": 2.5}), ("mse", {}), ("binary_cross_entropy", {}), ("student_t", {})]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize(("name", "options"), OVERFLOWS, ids=[name for name, _ in OVERFLOWS])
 @pytest.mark.parametrize("far", [1e3, -1e30])
 def test_weight_zero_where_the_formula_overflows(name, options, far):

@@ -225,6 +225,7 @@ def test_products_are_right(model):
         AGREE(KINDS[kind](model, PARAMS, DATA, half_square)(VEC), expected(model, kind))
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", REPRESENTATIVES, ids=lambda model: model.__name__)
 def test_products_are_right_under_each_policy(model, kind):
@@ -394,6 +395,7 @@ def kept_case(name):
 CASES = ["mlp", "cnn", "transformer", "unrolled transformer"]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", CASES)
 def test_policies_keep_what_they_promise(name, kind):
@@ -421,6 +423,7 @@ def kept_of(name, dtype=float):
             "other arrangements": (in_other_arrangements, {"layers": layers, "last": last})}[name]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("options", [{}, {"batch_size": 16}, {"linearize": "rematerialized"}, {"batch_size": 7, "linearize": "cached"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["mlp", "other arrangements"])

@@ -34,6 +34,7 @@ RARE = [
 ]
 
 
+@pytest.mark.combinations("name")
 @pytest.mark.parametrize(("name", "options", "pred"), RARE)
 def test_rare_outcomes_raise_no_alarm_and_hide_no_error(name, options, pred):
     """As it was, an outcome that no draw shows was an error of any number of standard errors."""
@@ -59,6 +60,7 @@ OPTIONS = {"student_t": {"df": 3.0, "scale": 0.5}, "gamma": {"concentration": 0.
 USUAL = [-3.0, 0.0, 2.0]
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("name", sorted(registered_losses()))
 def test_no_false_alarm(name, dtype):
@@ -103,6 +105,7 @@ class Bent(Operator):
 FOUND = {"right": None, "skew": "A is symmetric", "shift": "A is symmetric", "affine": "A is linear", "size": "A is linear", "square": "A is linear"}
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("size", [1, 7, 513, 200_000])
 @pytest.mark.parametrize("kind", FOUND)
@@ -114,6 +117,7 @@ def test_what_is_no_symmetric_linear_map_is_found(kind, size, dtype):
     assert (found == []) if FOUND[kind] is None else (FOUND[kind] in found)
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("width", [2, 200])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_hessian_product_of_ones_own_that_is_not_symmetric_is_found(dtype, width):
