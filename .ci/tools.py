@@ -332,11 +332,11 @@ def leads_to(path: Path) -> set[Path]:
 
 
 def further(path: Path) -> str:
-    """What to read after a page that does not say so itself: the next in order, and those that use what it describes, guides first."""
+    """What to read after a page that does not say so: the next one (after the last the first), and what leads to it, guides first."""
     if any(re.search(NEXT, cell.source, flags=re.M) for cell in nbformat.read(path, as_version=4).cells):
         return ""
     order = reading_order()
-    after = order[order.index(path) + 1 : order.index(path) + 2]
+    after = (order[order.index(path) + 1 :] or order)[:1]
     users = [each for each in order if path in leads_to(each) and "/" in each.relative_to(NBS).as_posix()]
     users = [each for each in users if each.stem != "index" and each not in after][:4]
     link = lambda each: f"[{head(each)[0]}]({posixpath.relpath(each, path.parent)})"
