@@ -58,10 +58,16 @@ def notebooks() -> list[Path]:
 
 
 @functools.cache
+def sources(path: Path, kind: str) -> list[str]:
+    """The cells of a notebook that are "code" or "markdown"."""
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+@functools.cache
 def is_inside(path: Path) -> bool:
     """Whether a notebook of a room defines no public name: its page comes last on the site."""
     exported = re.compile(r"#\| export\s*\n(?:.*\n)*?(?:def|class) [^_]")
-    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = sources(path, "code")
     has_module = any("#| default_exp" in source for source in cells)
     return has_module and not any(exported.match(source) for source in cells)
 
@@ -217,7 +223,7 @@ def prepare() -> None:
 def docs() -> int:
     """Build the site into _docs; return the number of warnings."""
     from nbdev.serve import proc_nbs
-    from smalldocs import markdown
+    from smalldocs import highlight, markdown
     from smalldocs.config import load
     from smalldocs.site import Page, Site
 
@@ -250,6 +256,7 @@ def docs() -> int:
     # Without digits allowed beside it, `$x$` at the start of a line that ends in a digit is not read as maths.
     plugin = markdown.dollarmath_plugin
     markdown.dollarmath_plugin = lambda md, **options: plugin(md, **options | {"allow_digits": True})
+    highlight.css_class = functools.cache(highlight.css_class)  # a fifth of the time
     project, cfg = load(proc_nbs(force=True, n_workers=2)), get_config()
     project.website["page-footer"]["left"] = f"{cfg.lib_name} {cfg.version}"
     site = NbdevSite(project)
@@ -321,19 +328,18 @@ def _page(path: Path) -> str:
 @functools.cache
 def head(path: Path) -> tuple[str, str]:
     """Title and summary of a notebook, by its first cell."""
-    return re.match(r"# (.+)\n\n> (.+)", nbformat.read(path, as_version=4).cells[0].source).groups()
+    return re.match(r"# (.+)\n\n> (.+)", sources(path, "markdown")[0]).groups()
 
 
 @functools.cache
 def leads_to(path: Path) -> set[Path]:
     """The notebooks that the text of a notebook links."""
-    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
-    return {(path.parent / name).resolve() for name in re.findall(r"\]\(([^)#:]+\.ipynb)", text)}
+    return {(path.parent / name).resolve() for name in re.findall(r"\]\(([^)#:]+\.ipynb)", "\n".join(sources(path, "markdown")))}
 
 
 def further(path: Path) -> str:
     """What to read after a page that does not say so: the next one (after the last the first), and what leads to it, guides first."""
-    if any(re.search(NEXT, cell.source, flags=re.M) for cell in nbformat.read(path, as_version=4).cells):
+    if any(re.search(NEXT, text, flags=re.M) for text in sources(path, "markdown")):
         return ""
     order = reading_order()
     after = (order[order.index(path) + 1 :] or order)[:1]
