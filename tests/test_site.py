@@ -470,7 +470,7 @@ def search(browser, words: str) -> list[str]:
     )
     browser.execute_script("arguments[0].value = ''", box)
     browser.execute_script(enter, box, words)
-    WebDriverWait(browser, 10).until(lambda b: b.find_elements("css selector", ".search-result, .search-none"))
+    WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda b: b.find_elements("css selector", ".search-result, .search-none"))
     return browser.execute_script("return [...document.querySelectorAll('.search-result')].map(e => e.href)")
 
 
