@@ -399,7 +399,7 @@ def opened(page) -> str:
 def hanging(code: str) -> str:
     """Highlighted code whose long lines, where they are broken, go on further to the right than they began."""
     found, within = [], []
-    for line in code.splitlines(keepends=True):
+    for line in code.split("\n"):
         before = list(within)
         for tag in re.findall(r"<[^>]*>", line):
             within.append(tag) if tag[1] != "/" else within.pop()
@@ -409,7 +409,7 @@ def hanging(code: str) -> str:
             begins = len(text) - len(text.lstrip())
             line = "</span>" * len(before) + f'<span class="long" style="--begins: {begins}ch">{inside}</span>' + "".join(within)
         found.append(line)
-    return "".join(found)
+    return "\n".join(found)
 
 
 if __name__ == "__main__":

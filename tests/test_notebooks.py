@@ -140,13 +140,13 @@ AMERICAN = (
     r"|(?:behavi|col|fav|flav|hon|lab|neighb|rum|vap)or(?!i[st]|at)\w*|(?:cent|met|fib)er(?:s|ed)?|gray\w*|artifacts?|toward|catalogs?|dialogs?"
     r"|(?:model|label|travel|cancel|signal|channel|level)(?:ed|ing)|fulfills?|skillful|defense|judgment|math)\b"
 )
-NAMES = r"(?i:generalized) Gauss-Newton|Apache License"
+PROPER = r"(?i:generalized) Gauss-Newton|Apache License"
 
 
 def prose(markdown: str) -> str:
     """Text without code, maths, words in quotation marks or italics, and the texts of links to other sites."""
     apart = r"```.*?```|``.*?``|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\"[^\"\n]*\"|\[[^\]]*\]\(http[^)]*\)|\]\([^)]*\)|(?<!\*)\*[^*\n]+\*(?!\*)|https?:\S+"
-    return re.sub(f"{apart}|{NAMES}", "", markdown, flags=re.S)
+    return re.sub(f"{apart}|{PROPER}", "", markdown, flags=re.S)
 
 
 def test_prose_is_british():

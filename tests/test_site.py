@@ -325,7 +325,8 @@ NOT_HANGING = """return [...document.querySelectorAll('main pre.sourceCode code'
         return [...found.values()]; };
     const flat = wrapped.filter(e => e.checkVisibility()).filter(e => {
         const [first, ...rest] = starts(e); return rest.some(left => left < first + 8); });
-    return [...lines.filter(line => !wrapped.some(e => e.textContent.trim() === line.trim())), ...flat.map(e => e.textContent)];
+    const copied = code.checkVisibility() && code.innerText.trim() !== code.textContent.trim() ? ['copied otherwise'] : [];
+    return [...copied, ...lines.filter(line => !wrapped.some(e => e.textContent.trim() === line.trim())), ...flat.map(e => e.textContent)];
 })"""
 CUT_OFF = """return [...document.querySelectorAll('main pre, main .sd-table, main .math.display')].filter(
     e => e.scrollWidth > e.clientWidth + 1 && e.checkVisibility()).map(e => e.textContent.trim().slice(0, 60))"""
@@ -447,7 +448,7 @@ def test_page_fits_a_desktop(page, browser):
 
 
 def test_long_lines_of_code_go_on_further_in(page, browser):
-    """What does not fit in a line begins to the right of where the line began."""
+    """What does not fit in a line begins to the right of where the line began, and is copied as it was written."""
     screen(browser, 1280)
     assert browser.execute_script(NOT_HANGING) == []
 
