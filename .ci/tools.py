@@ -392,6 +392,7 @@ def opened(page) -> str:
         "Open in Colab": f'href="https://colab.research.google.com/github/{place}"',
         "Source": f'href="https://github.com/{place}"',
         "Markdown": f'href="{page.out.stem}.llms.md"',
+        "What it needs": f'href="{posixpath.relpath("how-to/install.html", page.out.parent.as_posix())}#open-a-page-as-a-notebook"',
     }
     return f'<p class="opened">This page is a notebook: {" · ".join(f"<a {to}>{name}</a>" for name, to in links.items())}</p>'
 

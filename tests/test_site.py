@@ -170,12 +170,13 @@ def test_nothing_is_loaded_from_another_host(site):
 
 
 def test_pages_open_as_notebooks(site):
-    """At the top of each page: its notebook as it is, in Colab and in the repository, and a copy of its text in Markdown."""
+    """At the top of each page: its notebook as it is, in Colab and in the repository, a copy in Markdown, and what to install."""
     for name, path in NOTEBOOKS.items():
         place = path.relative_to(ROOT).as_posix()
         found = {link.get_text(): link["href"] for link in site[name].select("main > .opened a")}
         assert found["Open in Colab"] == SOURCE.replace("//github.com", "//colab.research.google.com/github") + place
         assert found["Source"] == SOURCE + place
+        assert posixpath.normpath(urljoin(name, found["What it needs"])) == "how-to/install.html#open-a-page-as-a-notebook"
         downloaded = DOCS / posixpath.join(posixpath.dirname(name), found["Download"])
         assert downloaded.read_bytes() == path.read_bytes()
         nbformat.validate(nbformat.read(downloaded, as_version=4))
