@@ -42,8 +42,9 @@
     hits(words, some = false) {
       const scored = this.entries.map((entry) => [words.map((word) => this.score(entry, word)).filter(Boolean), entry]);
       const enough = scored.filter(([found]) => found.length >= (some ? 1 : Math.max(1, words.length)));
-      const value = (found) => found.length * found.reduce((sum, score) => sum + score, 0);
-      return enough.map(([found, entry]) => [value(found), entry]).sort(([a], [b]) => b - a).map(([, entry]) => entry);
+      const named = (entry) => words.length > 1 && words.every((word) => fit(word, entry.section) > 0.8) ? 2 : 1;
+      const value = (found, entry) => named(entry) * found.length * found.reduce((sum, score) => sum + score, 0);
+      return enough.map(([found, entry]) => [value(found, entry), entry]).sort(([a], [b]) => b - a).map(([, entry]) => entry);
     }
 
     search(query, { limit }) {

@@ -40,6 +40,7 @@ CONTENTS = [  # of nbs/ and of the site, in reading order: a page of its own, or
     ("timing", "Timing"),
     ("tools", "Tools"),
 ]
+NEXT = r"^## (Where to go next|Read on)"  # the heading under which a page says what to read after it
 ALSO = {"tutorials/sequences.html": "mask padding"}  # other words for what a page is about, for the search
 
 
@@ -57,10 +58,16 @@ def notebooks() -> list[Path]:
 
 
 @functools.cache
+def sources(path: Path, kind: str) -> list[str]:
+    """The cells of a notebook that are "code" or "markdown"."""
+    return ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+@functools.cache
 def is_inside(path: Path) -> bool:
     """Whether a notebook of a room defines no public name: its page comes last on the site."""
     exported = re.compile(r"#\| export\s*\n(?:.*\n)*?(?:def|class) [^_]")
-    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = sources(path, "code")
     has_module = any("#| default_exp" in source for source in cells)
     return has_module and not any(exported.match(source) for source in cells)
 
@@ -216,17 +223,25 @@ def prepare() -> None:
 def docs() -> int:
     """Build the site into _docs; return the number of warnings."""
     from nbdev.serve import proc_nbs
-    from smalldocs import markdown
+    from smalldocs import highlight, markdown
     from smalldocs.config import load
     from smalldocs.site import Page, Site
 
     class NbdevSite(Site):
-        """A site with nbdev's page names, 03_ggn.ipynb as ggn.html."""
+        """A site with nbdev's page names, 03_ggn.ipynb as ggn.html; each page ends with what to read next."""
 
         def read(self, src) -> Page:
             page = super().read(src)
             page.out = page.out.with_name(page.front.pop("output-file", page.out.name))
+            page.body += further(NBS / src)
             return page
+
+        def llms_copy(self, page: Page) -> tuple[str, dict[str, bytes]]:
+            text, files = super().llms_copy(page)
+            return re.sub(r'^:::.*\n\n?|^<!-- WARNING.*\n\n?| ?\{[.#][\w.-]+\}$|<a id="[^"]*"></a>', "", text, flags=re.M), files
+
+        def write_llms_txt(self) -> None:
+            (self.out / "llms.txt").write_text(llms_txt())
 
         def warn(self, message: str) -> None:
             if "output-file" not in message:
@@ -241,10 +256,13 @@ def docs() -> int:
     # Without digits allowed beside it, `$x$` at the start of a line that ends in a digit is not read as maths.
     plugin = markdown.dollarmath_plugin
     markdown.dollarmath_plugin = lambda md, **options: plugin(md, **options | {"allow_digits": True})
-    site = NbdevSite(load(proc_nbs(force=True, n_workers=2)))
+    highlight.css_class = functools.cache(highlight.css_class)  # a fifth of the time
+    project, cfg = load(proc_nbs(force=True, n_workers=2)), get_config()
+    project.website["page-footer"]["left"] = f"{cfg.lib_name} {cfg.version}"
+    site = NbdevSite(project)
     site.out = DOCS
     print(f"{site.build()} pages in {DOCS.name}")
-    one_host(site)
+    finish(site)
     for warning in site.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return len(site.warnings)
@@ -304,21 +322,95 @@ def _page(path: Path) -> str:
     return _nbpath2html(path.relative_to(NBS)).as_posix()
 
 
-def one_host(site) -> None:
-    """Make the site whole: KaTeX and links between pages stay on its own host, and so do fonts; the search is its own."""
+# What to read next
+
+
+@functools.cache
+def head(path: Path) -> tuple[str, str]:
+    """Title and summary of a notebook, by its first cell."""
+    return re.match(r"# (.+)\n\n> (.+)", sources(path, "markdown")[0]).groups()
+
+
+@functools.cache
+def leads_to(path: Path) -> set[Path]:
+    """The notebooks that the text of a notebook links."""
+    return {(path.parent / name).resolve() for name in re.findall(r"\]\(([^)#:]+\.ipynb)", "\n".join(sources(path, "markdown")))}
+
+
+def further(path: Path) -> str:
+    """What to read after a page that does not say so: the next one (after the last the first), and what leads to it, guides first."""
+    if any(re.search(NEXT, text, flags=re.M) for text in sources(path, "markdown")):
+        return ""
+    order = reading_order()
+    after = (order[order.index(path) + 1 :] or order)[:1]
+    users = [each for each in order if path in leads_to(each) and "/" in each.relative_to(NBS).as_posix()]
+    users = [each for each in users if each.stem != "index" and each not in after][:4]
+    link = lambda each: f"[{head(each)[0]}]({posixpath.relpath(each, path.parent)})"
+    lines = [f"- {link(each)}: {head(each)[1]}" for each in after]
+    lines += [f"- Used in {', '.join(map(link, users))}."] * bool(users)
+    return "\n\n## Where to go next\n\n" + "\n".join(lines) + "\n"
+
+
+def llms_txt() -> str:
+    """The contents of the site for language models: each page's copy in Markdown, by section, with its summary."""
+    cfg = get_config()
+    lines = [f"# {cfg.lib_name}\n\n> {cfg.description}"]
+    for title, paths in contents():
+        lines += [f"\n## {title}\n"] * bool(title)
+        lines += [f"- [{head(p)[0]}]({cfg.doc_host}{cfg.doc_baseurl}/{_page(p).removesuffix('.html')}.llms.md): {head(p)[1]}" for p in paths]
+    return "\n".join(lines) + "\n"
+
+
+# Finish
+
+
+def finish(site) -> None:
+    """Make the site whole: nothing comes from another host, the search is its own, and each page can be opened as a notebook."""
     from smalldocs.layout import KATEX
 
     shutil.copytree(NBS / "katex", DOCS / "site_libs" / "katex")
     shutil.copy(ROOT / ".ci" / "search.js", DOCS / "site_libs" / "fuse" / "fuse.min.js")
     cfg = get_config()
     home = f"{cfg.doc_host}{cfg.doc_baseurl}/"
-    pages = {page.out.as_posix(): (DOCS / page.out).read_text() for page in site.pages.values()}
-    for name, html in pages.items():
-        up = "../" * name.count("/") or "./"
-        html = html.replace(KATEX, up + "site_libs/katex").replace(f'href="{home}', f'href="{up}')
-        (DOCS / name).write_text(html)
+    for page in site.pages.values():
+        file = DOCS / page.out
+        up = "../" * (len(page.out.parts) - 1) or "./"
+        html = file.read_text().replace(KATEX, up + "site_libs/katex").replace(f'href="{home}', f'href="{up}')
+        html = re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(?=</code>)", lambda code: code[1] + hanging(code[2]), html, flags=re.S)
+        shutil.copy(NBS / page.src, file.parent)
+        file.write_text(re.sub(r'<header id="title-block-header".*?</header>', lambda head: head[0] + opened(page), html, flags=re.S))
     for css in (DOCS / "site_libs" / "themes").glob("*.css"):
         css.write_text(re.sub(r"@import url\(https:[^)]*\);", "", css.read_text()))
+
+
+def opened(page) -> str:
+    """A line of links by which a page is opened as what it is made from."""
+    cfg = get_config()
+    place = f"{cfg.git_url.removeprefix('https://github.com/')}/blob/{cfg.branch}/{cfg.nbs_path.name}/{page.src}"
+    links = {
+        "Download": f'href="{page.src.name}" download',
+        "Open in Colab": f'href="https://colab.research.google.com/github/{place}"',
+        "Source": f'href="https://github.com/{place}"',
+        "Markdown": f'href="{page.out.stem}.llms.md"',
+        "What it needs": f'href="{posixpath.relpath("how-to/install.html", page.out.parent.as_posix())}#open-a-page-as-a-notebook"',
+    }
+    return f'<p class="opened">This page is a notebook: {" · ".join(f"<a {to}>{name}</a>" for name, to in links.items())}</p>'
+
+
+def hanging(code: str) -> str:
+    """Highlighted code whose long lines, where they are broken, go on further to the right than they began."""
+    found, within = [], []
+    for line in code.split("\n"):
+        before = list(within)
+        for tag in re.findall(r"<[^>]*>", line):
+            within.append(tag) if tag[1] != "/" else within.pop()
+        text = re.sub(r"<[^>]*>|&\w+;", lambda part: "" if part[0][0] == "<" else "x", line)
+        if len(text) > 90:
+            inside = "".join(before) + line + "</span>" * len(within)
+            begins = len(text) - len(text.lstrip())
+            line = "</span>" * len(before) + f'<span class="long" style="--begins: {begins}ch">{inside}</span>' + "".join(within)
+        found.append(line)
+    return "\n".join(found)
 
 
 if __name__ == "__main__":

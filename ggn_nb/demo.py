@@ -158,10 +158,10 @@ def draw_step(ax, model_fn, params, stepped, instead, data: dict) -> None:
     loss = lambda t: mean_loss(model_fn, along(params, stepped, t), data)
     ax.plot(fractions, jax.vmap(loss)(fractions), label="Gauss-Newton step")
     reached = mean_loss(model_fn, instead, data)
-    ax.axhline(reached, color="C1", linestyle=":", label="gradient steps, same time")
+    ax.axhline(reached, color="C1", linestyle=":", label="gradient steps,\nas long")
     ax.axvline(1, color="0.6", linestyle="--")
     ax.set(title="mean loss along the step", xlabel="fraction of the step", ylim=(0, None))
-    ax.legend()
+    ax.legend(fontsize="small")
 
 # %% ../nbs/demo.ipynb #4320b1f1
 def draw_figure(model_fn, params, stepped, instead, data: dict):
@@ -170,8 +170,8 @@ def draw_figure(model_fn, params, stepped, instead, data: dict):
 
     G = create_ggn_mv(model_fn, params, data, "cross_entropy", reduction="mean")
     dense = np.asarray(G.dense(), np.float64)
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.2, 1, 1.4])
     draw_block(left, dense[-170:, -170:])
     draw_spectrum(middle, dense)
     draw_step(right, model_fn, params, stepped, instead, data)

@@ -1,5 +1,6 @@
 """The notebooks: each one runs, is clean, and agrees with what is made from it."""
 
+import ast
 import gc
 import json
 import multiprocessing
@@ -134,3 +135,30 @@ def test_contributing_example_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
     assert len(blocks) == 2
     exec("\n".join(blocks), {})
+
+
+# Words that are spelt otherwise in Britain; names and titles of works are as they are.
+AMERICAN = (
+    r"\b(?!(?:re|over)?siz(?:e|es|ed|ing)\b|seiz|priz)(?:\w+(?:iz|yz)(?:e|es|ed|ing|er|ers|able|ation|ations)"
+    r"|(?:behavi|col|fav|flav|hon|lab|neighb|rum|vap)or(?!i[st]|at)\w*|(?:cent|met|fib)er(?:s|ed)?|gray\w*|artifacts?|toward|catalogs?|dialogs?"
+    r"|(?:model|label|travel|cancel|signal|channel|level)(?:ed|ing)|fulfills?|skillful|defense|judgment|math)\b"
+)
+PROPER = r"(?i:generalized) Gauss-Newton|Apache License"
+
+
+def prose(markdown: str) -> str:
+    """Text without code, maths, words in quotation marks or italics, and the texts of links to other sites."""
+    apart = r"```.*?```|``.*?``|`[^`]*`|\$\$.*?\$\$|\$[^$]*\$|\"[^\"\n]*\"|\[[^\]]*\]\(http[^)]*\)|\]\([^)]*\)|(?<!\*)\*[^*\n]+\*(?!\*)|https?:\S+"
+    return re.sub(f"{apart}|{PROPER}", "", markdown, flags=re.S)
+
+
+def test_prose_is_british():
+    """The text of notebooks and of the files in Markdown, and the docstrings."""
+    texts = {str(name): (ROOT / name).read_text() for name in ROOT.glob("*.md")}
+    for path in notebooks():
+        cells = json.loads(path.read_text())["cells"]
+        texts[path.name] = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    for path in (ROOT / "ggn_nb").rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        texts[str(path)] = "\n\n".join(re.sub(r">>>.*", "", ast.get_docstring(node) or "") for node in nodes)
+    assert not [(name, found[0]) for name, text in texts.items() for found in re.finditer(AMERICAN, prose(text), flags=re.I)]

@@ -359,7 +359,7 @@ def sum_at_params(
 
 
 def map_at_params(operator: Curvature, fn: Callable, vec: Any) -> Any:
-    "`fn` of (problem, linearization, samples, vec, None) at the parameters, a row for each sample"
+    "`fn(problem, linearization, samples, vec, None)` at the parameters, a row for each sample"
     def in_chunks(fn, data, at_once):
         return map_over_chunks(lambda _, data: fn(data), None, data, at_once)
     return _at_params(operator, fn, in_chunks, rows_on_each_device, vec, None)
