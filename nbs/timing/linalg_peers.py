@@ -255,7 +255,7 @@ def density_by_curvlinops(case: Case, num_probes: int, num_steps: int) -> Callab
 
 
 def logdet_by_matfree(case: Case, num_probes: int, num_steps: int) -> Callable:
-    """P log δ + log det(G/δ + I): in float32, log det of the damped matrix at once loses the digits of what G adds."""
+    """P log δ + log det(G/δ + I): log det of the damped matrix at once would lose digits in float32."""
     from matfree import decomp, funm, stochtrace
 
     size = case.G.shape[0]
