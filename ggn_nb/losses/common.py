@@ -7,10 +7,12 @@ __all__ = []
 
 # %% ../../nbs/losses/07_common.ipynb #c07700002
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ggn_nb.losses.closed_form import ClosedFormLoss
 from ggn_nb.tools.testing import assert_close
@@ -30,11 +32,13 @@ def loss_results(
 # %% ../../nbs/losses/07_common.ipynb #c0770000a
 def check_definition(loss: ClosedFormLoss, u: jax.Array, f: jax.Array, y: Any) -> str:
     "Check gradient, H and S in float64 against JAX"
-    found, total = loss_results(loss, u, f, y), lambda f: loss.total(f, y)
-    assert_close(found["gradient"], jax.grad(total)(f), rtol=1e-12)
+    total = lambda f, y: loss.total(f, y)
+    by_jvp = lambda u, f, y: jax.jvp(jax.grad(partial(total, y=y)), (f,), (u,))
+    found, (gradient, product) = loss_results(loss, u, f, y), jax.jit(by_jvp)(u, f, y)
+    assert_close(found["gradient"], gradient, rtol=1e-12)
     said = ["gradient"]
     if loss.is_hessian:
-        assert_close(found["H u"], jax.jvp(jax.grad(total), (f,), (u,))[1], rtol=1e-12)
+        assert_close(found["H u"], product, rtol=1e-12)
         said.append("H")
     if "S u" in found:
         assert_close(loss.square_root_mv(found["Sᵀ u"], f, y), found["H u"], rtol=1e-12)
@@ -44,48 +48,53 @@ def check_definition(loss: ClosedFormLoss, u: jax.Array, f: jax.Array, y: Any) -
 # %% ../../nbs/losses/07_common.ipynb #c0770000d
 def check_arrangements(loss: ClosedFormLoss, u: jax.Array, f: jax.Array, y: Any) -> str:
     "Check that results do not depend on how the positions are arranged"
-    found = loss_results(loss, u, f, y)
-    arrangements = {
-        "a column": lambda a: a[:, None],
-        "two rows": lambda a: jnp.stack([a, a[::-1]]),
-        "a box": lambda a: jnp.stack([a, a[::-1]])[:, None],
-    }
-    for arrange in arrangements.values():
-        got = loss_results(loss, *jax.tree.map(arrange, (u, f, y)))
-        assert_close(got, jax.tree.map(arrange, found), rtol=1e-13)
-    one_by_one = jax.vmap(lambda u, f, y: loss_results(loss, u, f, y))
-    for way in (jax.jit(lambda *at: loss_results(loss, *at)), one_by_one, jax.jit(one_by_one)):
-        assert_close(way(u, f, y), found, rtol=1e-13)
+    number = np.arange(len(f))
+    rows = np.stack([number, number[::-1]])
+    arrangements = {"a column": number[:, None], "two rows": rows, "a box": rows[:, None]}
+    pick = lambda at, tree: jax.tree.map(lambda a: a[at], tree)
+    results = partial(loss_results, loss)
+
+    def in_every_way(*given):
+        arranged = [results(*pick(at, given)) for at in arrangements.values()]
+        return arranged, results(*given), jax.vmap(results)(*given)
+
+    found = jax.tree.map(np.asarray, results(u, f, y))
+    expected = [pick(at, found) for at in arrangements.values()], found, found
+    assert_close(jax.jit(in_every_way)(u, f, y), expected, rtol=1e-13)
     return f"the same as {', '.join(arrangements)}, under jit and vmap"
 
 # %% ../../nbs/losses/07_common.ipynb #c07700010
 def check_weights(loss: ClosedFormLoss, u: jax.Array, f: jax.Array, y: Any) -> str:
     "Check weights, and a mask that hides predictions and targets that are no numbers"
-    number = jnp.arange(len(f))
+    number = np.arange(len(f))
     weight, mask = number / 2, number != 2
-    counts = jnp.where(mask, weight, 0)
+    counts = weight * mask
     spoil = lambda a: a.at[2].set(jnp.nan) if jnp.issubdtype(a.dtype, jnp.floating) else a
     given = {"weight": weight, "mask": mask}
-    got = loss_results(loss, u, spoil(f), jax.tree.map(spoil, y), **given)
-    for name, array in loss_results(loss, u, f, y).items():
-        by = jnp.sqrt(counts) if name in ("S u", "Sᵀ u") else counts
+    bad_f, bad_y = jax.tree.map(spoil, (f, y))
+    got = jax.jit(partial(loss_results, loss, **given))(u, bad_f, bad_y)
+    plain = jax.tree.map(np.asarray, loss_results(loss, u, f, y))
+    for name, array in plain.items():
+        by = np.sqrt(counts) if name in ("S u", "Sᵀ u") else counts
         assert_close(got[name], by.reshape(-1, *[1] * (array.ndim - 1)) * array, rtol=1e-13)
-    mean = loss.total(spoil(f), jax.tree.map(spoil, y), reduction="mean", **given)
-    assert_close(mean, counts @ loss.value(f, y) / counts.sum(), rtol=1e-13)
+    mean = loss.total(bad_f, bad_y, reduction="mean", **given)
+    assert_close(mean, counts @ plain["value"] / counts.sum(), rtol=1e-13)
     return "weights, a mask over NaN, the mean"
 
 # %% ../../nbs/losses/07_common.ipynb #c07700013
 def check_precision(loss: ClosedFormLoss, u: jax.Array, f: jax.Array, y: Any) -> str:
     "Check the product with H in float32, bfloat16 and float16 against that in float64"
+    dtypes = [jnp.dtype(name) for name in ("float32", "bfloat16", "float16")]
+    narrow = [[np.asarray(a).astype(dtype) for a in (u, f)] for dtype in dtypes]
+    wide = jax.tree.map(lambda a: a.astype(float), narrow)
+    products = jax.jit(lambda vectors, y: [loss.hessian_mv(v, f, y) for v, f in vectors])
     said = []
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        v, g = u.astype(dtype), f.astype(dtype)
-        got = loss.hessian_mv(v, g, y)
-        want = loss.hessian_mv(v.astype(jnp.float64), g.astype(jnp.float64), y)
+    for dtype, got, want in zip(dtypes, products(narrow, y), products(wide, y), strict=True):
         rtol = max(4 * float(jnp.finfo(dtype).eps), 1e-5)
+        got, want = np.asarray(got), np.asarray(want)
         assert_close(got, want.astype(dtype), rtol=rtol)
-        error = jnp.abs(got.astype(jnp.float64) - want).max() / jnp.abs(want).max()
-        said.append(f"{jnp.dtype(dtype).name} {float(error):.0e}")
+        error = np.abs(got.astype(float) - want).max() / np.abs(want).max()
+        said.append(f"{dtype.name} {error:.0e}")
     return f"largest errors: {', '.join(said)}"
 
 # %% ../../nbs/losses/07_common.ipynb #c07700016

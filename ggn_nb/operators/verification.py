@@ -20,7 +20,7 @@ from ..losses.closed_form import ClosedFormLoss
 from ..losses.create import create_loss
 from ..losses.custom import CustomLoss
 from ..losses.loss import Loss
-from ..losses.weights import along
+from ..losses.weights import along, raise_faults
 from .curvature import Curvature, on_samples
 from .operator import Operator
 from ..tools.arrays import sum_entries, working_dtype
@@ -158,9 +158,9 @@ def _check_small(pred: Any) -> Any:
                      "of it")
 
 # %% ../../nbs/operators/30_verification.ipynb #50a49c6d
-def _dense(mv: Callable, like: Any) -> np.ndarray:
-    "The dense matrix of a product on trees shaped like `like`, in float64"
-    return np.asarray(dense_from_mv(mv, like), np.float64)
+def _wide(tree: Any) -> Any:
+    "The leaves as arrays of NumPy, in float64"
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
 
 
 def _negativity(H: np.ndarray) -> float:
@@ -210,18 +210,21 @@ def is_psd(
     """
     loss = create_loss(loss)
     pred, target, given = _read_arguments(loss, pred, target, weight, mask)
-    H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
-    return _negativity(H) <= allowed_error(pred)
+    H = dense_from_mv(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
+    return _negativity(_wide(H)) <= allowed_error(pred)
 
 # %% ../../nbs/operators/30_verification.ipynb #a05edbea
+def _square_root_matrices(loss: Loss, pred: Any, target: Any, given: dict) -> dict[str, jax.Array]:
+    "S and Sᵀ, dense, where the loss has a square root"
+    dense = lambda mv: dense_from_mv(lambda u: mv(u, pred, target, **given), pred)
+    try: return {"S": dense(loss.square_root_mv), "Sᵀ": dense(loss.square_root_transpose_mv)}
+    except ValueError: return {}
+
+
 def _square_root_checks(
-    loss: Loss, pred: Any, target: Any, given: dict, H: np.ndarray
+    S: np.ndarray, transposed: np.ndarray, H: np.ndarray, tol: float
 ) -> list[Check]:
-    "That H = S Sᵀ, where the loss has a square root"
-    try: S = _dense(lambda u: loss.square_root_mv(u, pred, target, **given), pred)
-    except ValueError: return []
-    transposed = _dense(lambda v: loss.square_root_transpose_mv(v, pred, target, **given), pred)
-    tol = allowed_error(pred)
+    "That H = S Sᵀ"
     return [Check("H is positive semi-definite", _negativity(H), tol),
             Check("S Sᵀ = H", relative_error(S @ S.T, H), 10 * tol),
             Check("S and Sᵀ are adjoint", relative_error(transposed, S.T), tol)]
@@ -229,13 +232,20 @@ def _square_root_checks(
 # %% ../../nbs/operators/30_verification.ipynb #45d290f8
 def _draw_mixed(loss: Loss, pred: Any, key: jax.Array) -> tuple[Any, Any]:
     "A target, each position drawn at `pred` or at 0, and its density at `pred` over that of both"
-    zero, keys = jax.tree.map(jnp.zeros_like, pred), jax.random.split(key, 3)
-    here, there = loss.sample(keys[0], pred), loss.sample(keys[1], zero)
-    values, unravel = ravel_pytree(loss.value(pred, here))
+    keys, pick = jax.random.split(key, 3), lambda i, tree: jax.tree.map(lambda a: a[i], tree)
+    both = jax.tree.map(lambda a: jnp.stack([a, jnp.zeros_like(a)]), pred)
+    drawn = jax.vmap(loss.sample)(keys[:2], both)
+    values, unravel = ravel_pytree(_zeros_like_values(loss, pred))
     at_zero = unravel(jax.random.bernoulli(keys[2], shape=values.shape).astype(values.dtype))
-    target = _mixture(at_zero, there, here)
-    rise = jax.tree.map(jnp.subtract, loss.value(pred, target), loss.value(zero, target))
-    return target, jax.tree.map(lambda d: 2 * jax.nn.sigmoid(-d), rise)
+    target = _mixture(at_zero, pick(1, drawn), pick(0, drawn))
+    values = jax.vmap(loss.value, (0, None))(both, target)
+    return target, jax.tree.map(lambda v: 2 * jax.nn.sigmoid(v[1] - v[0]), values)
+
+
+def _zeros_like_values(loss: Loss, pred: Any) -> Any:
+    "Zeros shaped like the loss's values: a number for each position"
+    values = jax.eval_shape(lambda f: loss.value(f, loss.sample(jax.random.key(0), f)), pred)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), values)
 
 
 def _mixture(at_zero: Any, there: Any, here: Any) -> Any:
@@ -260,7 +270,7 @@ def _scores(
 @partial(program, static_argnums=(3,))
 def _numbered_gradients(loss: Loss, pred: Any, key: jax.Array, num_draws: int) -> list[jax.Array]:
     "For each draw: the gradient, that with position i weighted by i, and the draw's weights"
-    values, unravel = ravel_pytree(loss.value(pred, loss.sample(key, pred)))
+    values, unravel = ravel_pytree(_zeros_like_values(loss, pred))
     numbers = unravel(1 + jnp.arange(values.size, dtype=values.dtype))
 
     def at(key):
@@ -295,28 +305,38 @@ def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check
     return Check(name, error, float(allowed), "standard errors")
 
 # %% ../../nbs/operators/30_verification.ipynb #c55c4430
-def _hessian_check(total: Callable, pred: Any, H: np.ndarray) -> Check:
+def _derivatives(loss: Loss, pred: Any, target: Any, given: dict) -> dict[str, Any]:
+    "What the loss says of gradient, H and S, and what automatic differentiation says of its value"
+    total = lambda f: loss.total(f, target, **given)
+    found = {"gradient": loss.gradient(pred, target, **given), "by grad": jax.grad(total)(pred)}
+    found["H"] = dense_from_mv(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
+    if loss.is_hessian:
+        zero, grad = jax.tree.map(jnp.zeros_like, pred), jax.grad(total)
+        at = lambda f: dense_from_mv(lambda u: jax.jvp(grad, (f,), (u,))[1], f)
+        found |= {"by jvp": at(pred), "by jvp at 0": at(zero)}
+    return found | _square_root_matrices(loss, pred, target, given)
+
+
+def _hessian_check(found: dict, pred: Any) -> Check:
     "H against automatic differentiation, which has the rounding errors of the terms that it adds"
-    at = lambda f: _dense(lambda u: jax.jvp(jax.grad(total), (f,), (u,))[1], f)
-    tol, expected = 10 * allowed_error(pred), at(pred)
-    terms = _largest(at(jax.tree.map(jnp.zeros_like, pred)))
+    tol, terms = 10 * allowed_error(pred), _largest(found["by jvp at 0"])
     eps = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(pred))
     rounding = 4 * eps * terms if np.isfinite(terms) else 0
-    error = relative_error(H, expected, _largest(expected) + rounding / tol)
+    scale = _largest(found["by jvp"]) + rounding / tol
+    error = relative_error(found["H"], found["by jvp"], scale)
     return Check("H is the Hessian of the value", error, tol)
 
 
 def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
     "Every check that the loss's own claims call for"
-    tol = allowed_error(pred)
-    total = lambda f: loss.total(f, target, **given)
-    gradient = loss.gradient(pred, target, **given)
-    H = _dense(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
-    error = relative_error(gradient, jax.grad(total)(pred))
+    raise_faults(loss.faults(pred, target, **given, reads_target=True))
+    found = _wide(jax.jit(partial(_derivatives, loss))(pred, target, given))
+    tol, H = allowed_error(pred), found["H"]
+    error = relative_error(found["gradient"], found["by grad"])
     checks = [Check("gradient is that of the value", error, tol),
               Check("H is symmetric", relative_error(H, H.T), tol)]
-    if loss.is_hessian: checks.append(_hessian_check(total, pred, H))
-    checks += _square_root_checks(loss, pred, target, given, H)
+    if loss.is_hessian: checks.append(_hessian_check(found, pred))
+    if "S" in found: checks += _square_root_checks(found["S"], found["Sᵀ"], H, tol)
     if loss.is_fisher and not given: checks.append(_fisher_check(loss, pred, H, key))
     return checks
 
@@ -327,44 +347,51 @@ def _parts(tree: Any, n: int) -> list[Any]:
     return [jax.tree.map(lambda a: a[s], tree) for s in slices]
 
 
-def _chunk_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
-    "Totals, means and products of the parts are those of the whole"
-    n = _common_length((pred, target, given))
-    if n < 2: return []
-    tol = allowed_error(pred)
-    u = jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), pred)
-    whole = jax.tree.map(jnp.asarray, (u, pred, target, given))
-    product = lambda u, f, y, w: loss.hessian_mv(u, f, y, **w)
-    first, second, reverse = _parts(whole, n)
-    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), product(*first), product(*second))
-    turned = jax.tree.map(lambda a: a[::-1], product(*reverse))
-    checks = [Check("H is the same in chunks", relative_error(joined, product(*whole)), tol),
-              Check("H is the same in reverse order", relative_error(turned, product(*whole)), tol)]
-    if target is None and not isinstance(loss, CustomLoss): return checks
-    return checks + [_mean_check(loss, whole, first, second, tol)]
-
-
 def _common_length(tree: Any) -> int:
     "The length of the leading axis that all leaves share; 0 where there is none"
     lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(tree)}
     return lengths.pop()[0] if len(lengths) == 1 and () not in lengths else 0
 
 
-def _mean_check(loss: Loss, whole: Any, first: Any, second: Any, tol: float) -> Check:
-    "The mean is the sum of the chunks' totals over the sum of their weights"
-    total = lambda _, f, y, w: jax.tree.map(sum_entries, loss.value(f, y, **w))
-    weight = lambda _, f, y, w: loss.weight_sum(f, y, **w)
-    add = lambda fn: jax.tree.map(jnp.add, fn(*first), fn(*second))
+def _products_of_parts(loss: Loss, whole: tuple, n: int) -> tuple[Any, Any, Any]:
+    "H u of all, and what the halves and the reversed order give in its place"
+    product = lambda part: loss.hessian_mv(*part[:3], **part[3])
+    first, second, reverse = map(product, _parts(whole, n))
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+    return product(whole), joined, jax.tree.map(lambda a: a[::-1], reverse)
+
+
+def _means_of_parts(loss: Loss, whole: tuple, n: int) -> tuple[jax.Array, jax.Array]:
+    "The mean of all, and the sum of the halves' totals over the sum of their weights"
+    total = lambda f, y, w: jax.tree.map(sum_entries, loss.value(f, y, **w))
+    weight = lambda f, y, w: loss.weight_sum(f, y, **w)
+    halves = [part[1:] for part in _parts(whole, n)[:2]]
+    add = lambda fn: jax.tree.map(jnp.add, *(fn(*half) for half in halves))
     mean = sum(jax.tree.leaves(jax.tree.map(jnp.divide, add(total), add(weight))))
     _, f, y, w = whole
-    error = relative_error(mean, loss.total(f, y, reduction="mean", **w))
-    return Check("the mean is the same in chunks", error, tol)
+    return loss.total(f, y, reduction="mean", **w), mean
+
+
+def _chunk_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
+    "Totals, means and products of the parts are those of the whole"
+    n, tol = _common_length((pred, target, given)), allowed_error(pred)
+    if n < 2: return []
+    u = jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), pred)
+    has_mean = target is not None or isinstance(loss, CustomLoss)
+    on_parts = [_products_of_parts, _means_of_parts] if has_mean else [_products_of_parts]
+    found = jax.jit(lambda whole: [fn(loss, whole, n) for fn in on_parts])
+    (product, joined, turned), *means = found((u, pred, target, given))
+    errors = {"H is the same in chunks": relative_error(joined, product),
+              "H is the same in reverse order": relative_error(turned, product)}
+    for mean, parts in means: errors["the mean is the same in chunks"] = relative_error(parts, mean)
+    return [Check(name, error, tol) for name, error in errors.items()]
 
 # %% ../../nbs/operators/30_verification.ipynb #176f79e3
 def _random_vectors(A: Operator, key: jax.Array, number: int) -> list[Any]:
     "Trees of normal numbers like the parameters"
-    draw = lambda k: jax.tree.map(lambda s: jax.random.normal(k, s.shape, s.dtype), A.structure)
-    return [draw(k) for k in jax.random.split(key, number)]
+    like = A.structure
+    draw = lambda k: jax.tree.map(lambda s: jax.random.normal(k, s.shape, s.dtype), like)
+    return jax.jit(lambda key: [draw(k) for k in jax.random.split(key, number)])(key)
 
 
 def _inner_products(A: Operator, vecs: list[Any]) -> tuple[np.ndarray, float]:
@@ -508,7 +535,7 @@ def _verify_loss(
 def _draw_target(loss: Loss, pred: Any, key: jax.Array) -> Any:
     "A target from the loss's own sampler; None for a loss that has no target"
     if getattr(loss, "read_target", loss) is None: return None
-    try: return loss.sample(key, pred)
+    try: return jax.jit(lambda key, pred: loss.sample(key, pred))(key, pred)
     except ValueError as e:
         raise ValueError("target: got None, expected one, since this loss has no sampler "
                          f"({e})") from None
