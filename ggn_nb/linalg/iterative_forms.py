@@ -19,9 +19,9 @@ from .block_conjugate_gradients import block_round
 from ggn_nb.linalg.closed_forms import (
     ClosedForms, MatrixForms, Solution, closed_forms, widen_structure,
 )
-from .conjugate_gradients import LinearSystem, lineax_round, row_norms, solve_in_rounds
+from .conjugate_gradients import LinearSystem, row_norms, single_round, solve_in_rounds
 from .lanczos_functions import matrix_function
-from .products import FlatProduct, linearized_once, refuse_slopes
+from .products import FlatProduct, flat_damping, linearized_once, refuse_slopes
 from ..operators.operator import Operator, check_operator, register_operator, unravel
 from ..operators.samples import cast_like, widen
 from ..tools.arrays import register_pytree
@@ -90,6 +90,41 @@ def split_damping(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
     least = 0 if operator.is_psd else -jnp.inf
     shift = lambda x: jnp.maximum(x, least) + leaves[0].astype(x.dtype)
     return FlatProduct(operator), shift
+
+# %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00031
+@register_operator
+class Relative(Operator):
+    "Δ^(-1/2) M Δ^(-1/2)"
+
+    operator: Operator
+    roots: Any  # 1 / √δ for each entry, in float32 or better
+
+    @property
+    def structure(self) -> Any: return self.operator.structure
+
+    @property
+    def traceable(self) -> bool: return self.operator.traceable
+
+    @property
+    def is_psd(self) -> bool: return self.operator.is_psd
+
+    def multiply(self, vec: Any) -> Any:
+        return self._scaled(self.operator(self._scaled(vec)))
+
+    def _scaled(self, vec: Any) -> Any:
+        return cast_like(jax.tree.map(jnp.multiply, self.roots, widen(vec)), vec)
+
+
+def relative_to(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
+    "What Lanczos multiplies by, and what turns its eigenvalues into log(1 + λ/δ)"
+    least = 0 if operator.is_psd else -jnp.inf
+    leaves, structure = jax.tree.leaves(damping), widen_structure(operator.structure)
+    if len(leaves) == 1 and not leaves[0].shape:
+        logs = lambda x: jnp.log1p(jnp.maximum(x, least) / leaves[0].astype(x.dtype))
+        return FlatProduct(operator), logs
+    flat = flat_damping(damping, structure, FlatProduct(operator).dtype)
+    relative = Relative(operator, unravel(jax.lax.rsqrt(flat), structure))
+    return FlatProduct(relative), lambda x: jnp.log1p(jnp.maximum(x, least))
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00021
 def _flat_function(
@@ -163,9 +198,8 @@ class IterativeForms(MatrixForms):
         return unravel(flat, widen_structure(self.structure))
 
     def solve(self, damping: Any, b: Any) -> tuple[Solution, jax.Array]:
-        by_lineax = self.traceable and self.operator.is_psd
-        found, indefinite = self._solve(damping, jax.tree.map(lambda leaf: leaf[None], b),
-                                        lineax_round if by_lineax else block_round)
+        one_round = single_round if self.operator.is_psd else block_round
+        found, indefinite = self._solve(damping, jax.tree.map(lambda leaf: leaf[None], b), one_round)
         x, residual, converged = jax.tree.map(lambda leaf: leaf[0],
                                               (found.x, found.residual, found.converged))
         return Solution(x, residual, found.num_steps, converged), indefinite
