@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from .conjugate_gradients import Correction, LinearSystem, row_norms
 from .products import repeat_while, widened
-from ..tools.programs import program
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d0006
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -24,25 +23,22 @@ def _nonzero(sizes: jax.Array) -> jax.Array:
     return jnp.where(sizes > 0, sizes, 1)
 
 
-def _whitened(vecs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    "Combinations of the rows that are nearly orthonormal, or zero; are they only nearly so?"
+def _whitened(vecs: jax.Array) -> jax.Array:
+    "Combinations of the rows that are nearly orthonormal, or zero"
     wide = widened(vecs)
     products = _matmul(wide, wide.T)
     sizes = _nonzero(jnp.sqrt(jnp.diagonal(products)))
-    values, U = jnp.linalg.eigh(products / (sizes[:, None] * sizes))
+    values, U = jnp.linalg.eigh(products / jnp.outer(sizes, sizes))
     small = max(float(jnp.finfo(vecs.dtype).eps), 100 * float(jnp.finfo(wide.dtype).eps))
     independent = values > small * values[-1]
     inverses = jnp.where(independent, jax.lax.rsqrt(jnp.where(independent, values, 1)), 0)
     combine = (U * inverses[None]).T / sizes[None]
-    rough = jnp.any(independent & (values < 0.01 * values[-1]))
-    return _matmul(combine.astype(vecs.dtype), vecs), rough
+    return _matmul(combine.astype(vecs.dtype), vecs)
 
 
-@program
 def orthonormal_rows(vecs: jax.Array) -> jax.Array:  # (K, P)
     "Orthonormal rows, or zeros, that span what the rows of `vecs`, (K, P), span"
-    rows, rough = _whitened(vecs)
-    return jax.lax.cond(rough, lambda rows: _whitened(rows)[0], lambda rows: rows, rows)
+    return _whitened(_whitened(vecs))
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d0009
 class _Inverse(NamedTuple):

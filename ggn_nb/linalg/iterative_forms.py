@@ -199,7 +199,8 @@ class IterativeForms(MatrixForms):
 
     def solve(self, damping: Any, b: Any) -> tuple[Solution, jax.Array]:
         one_round = single_round if self.operator.is_psd else block_round
-        found, indefinite = self._solve(damping, jax.tree.map(lambda leaf: leaf[None], b), one_round)
+        bs = jax.tree.map(lambda leaf: leaf[None], b)
+        found, indefinite = self._solve(damping, bs, one_round)
         x, residual, converged = jax.tree.map(lambda leaf: leaf[0],
                                               (found.x, found.residual, found.converged))
         return Solution(x, residual, found.num_steps, converged), indefinite

@@ -1,6 +1,5 @@
 """Linear algebra by products, against dense matrices in float64 from NumPy."""
 
-import sys
 from functools import cache
 
 import jax
@@ -490,14 +489,6 @@ def test_narrow_parameters(dtype):
     drawn = sample(A, random.key(0), 1.0, 2)
     assert [leaf.dtype.name for leaf in jax.tree.leaves(drawn)] == [dtype] * 4
     assert np.isfinite(np.asarray(ravel_pytree(drawn)[0], np.float64)).all()
-
-
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matfree", None)
-    monkeypatch.setitem(sys.modules, "matfree.stochtrace", None)
-    A, _ = turned(np.arange(1.0, 8.0))
-    with pytest.raises(ImportError, match=r"pip install \"ggn_nb\[linalg\]\""):
-        trace(A, "xtrace", key=random.key(0))
 
 
 def eigenproblems(program):
