@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from ggn_nb.applications.inverse_products import problem_of
 from ggn_nb.layers.diagonal import Estimate
-from ggn_nb.linalg.functions import logdet
+from ggn_nb.linalg.functions import find_logdet
 from ggn_nb.operators.curvature import Curvature, Problem, sum_at_params
 from ggn_nb.operators.fisher import Scores
 from ggn_nb.operators.operator import Operator, scale_tree
@@ -55,12 +55,11 @@ def _check_likelihood(problem: Problem) -> None:
 
 # %% ../../nbs/applications/20_evidence.ipynb #a9200009
 def _of_prior(params: Any, damping: Any) -> jax.Array:
-    "½ log det Δ − ½ θᵀ Δ θ, for a damping Δ that is a number or a tree like the parameters"
+    "½ θᵀ Δ θ, for a damping Δ that is a number or a tree like the parameters"
     params = widen(params)
     if jax.tree_util.all_leaves([damping]): damping = jax.tree.map(lambda _: damping, params)
     def of_leaf(theta, d):
-        d = jnp.asarray(d, theta.dtype)
-        return jnp.sum(jnp.broadcast_to(jnp.log(d), theta.shape) - d * jnp.square(theta)) / 2
+        return jnp.sum(jnp.asarray(d, theta.dtype) * jnp.square(theta)) / 2
     return sum(jax.tree.leaves(jax.tree.map(of_leaf, params, damping)))
 
 # %% ../../nbs/applications/20_evidence.ipynb #a920000a
@@ -110,8 +109,8 @@ def log_marginal_likelihood(
     """
     problem = problem_of(G)
     _check_likelihood(problem)
-    found = logdet(M, damping, key=key, num_probes=num_probes, num_steps=num_steps)
-    rest = _of_prior(problem.params, damping) - _total_loss(G)
+    found = find_logdet(M, damping, True, key, num_probes, num_steps)
+    rest = -_of_prior(problem.params, damping) - _total_loss(G)
     if isinstance(found, Estimate):
         return Estimate(rest - found.value / 2, found.standard_error / 2)
     return rest - found / 2

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000002
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 
 from ggn_nb.layers.columns import RootColumns
 from ggn_nb.layers.gram import (
-    Gram, calls_and_columns, check_bytes, combine_columns, cross_gram, map_pairs,
+    Gram, calls_and_columns, check_gram_bytes, combine_columns, cross_gram, map_pairs,
     project_on_columns,
 )
 from ggn_nb.layers.inner import inner_products
 from ggn_nb.layers.model_pairs import ModelPairs, leaf_gradients, pairs_of
 from ggn_nb.linalg.closed_forms import positive_number
 from ggn_nb.linalg.functions import solve_many
+from ggn_nb.linalg.matrix_functions import INVERSE, times_function
 from ggn_nb.operators.chunks import map_over_chunks
 from ggn_nb.operators.curvature import Curvature, Problem
 from ggn_nb.operators.operator import Operator
@@ -51,31 +53,18 @@ def gradients_of(pairs: ModelPairs, root: SquareRoot) -> Any:
     return treedef.unflatten(map(of_leaf, pairs.leaves, pairs.structures))
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000031
-def _by_woodbury(
-    inner: jax.Array,  # BᵀC
-    left: jax.Array,  # BᵀA U
-    right: jax.Array,  # CᵀA U
-    eigenvalues: jax.Array,  # of AᵀA
-    damping: jax.Array,
-) -> jax.Array:
-    "Bᵀ (A Aᵀ + δI)⁻¹ C"
-    inside = matmul(left / (eigenvalues + damping)[None], right.T)
-    return (inner - inside) / damping
+def _times_inverse(K: Gram, damping: jax.Array, rows: jax.Array) -> jax.Array:
+    "The rows times (K + δI)⁻¹, with derivatives also where eigenvalues are equal"
+    times = partial(times_function, INVERSE, K.matrix, K.eigh(), damping)
+    return jax.vmap(times)(rows)
 
 
-def _cancels(
-    norms: jax.Array, left: jax.Array, eigenvalues: jax.Array, damping: jax.Array
-) -> jax.Array:
-    "Does the difference lose a sixth of the digits for some column with this squared norm?"
-    rest = norms - jnp.sum(jnp.square(left) / (eigenvalues + damping)[None], axis=1)
+def _cancels(norms: jax.Array, inside: jax.Array, solved: jax.Array) -> jax.Array:
+    "Does |b|² − bᵀA (K + δI)⁻¹ Aᵀb lose a sixth of the digits for some column b?"
+    rest = norms - jnp.sum(inside * solved, axis=1)
     return jnp.any(rest < jnp.finfo(norms.dtype).eps ** (1 / 6) * norms)
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000032
-def _in_eigenvectors(K: Gram, root: SquareRoot) -> jax.Array:  # (M_root, M)
-    "rootᵀ A U"
-    return matmul(cross_gram(root, K.root), K.eigh()[1])
-
-
 def _own_products(root: SquareRoot) -> jax.Array:  # (N, C, C)
     "The inner products between the columns of each sample"
     one = lambda pairs: jax.tree.map(lambda a: a[None], pairs)
@@ -91,25 +80,23 @@ def _norms(own: jax.Array) -> jax.Array:
 def _by_gram(
     K: Gram, left: SquareRoot, right: SquareRoot, damping: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    "leftᵀ (G + δI)⁻¹ right; leftᵀ A U, rightᵀ A U; does it cancel?"
-    eigenvalues = K.eigh()[0]
-    in_left, in_right = _in_eigenvectors(K, left), _in_eigenvectors(K, right)
-    found = _by_woodbury(cross_gram(left, right), in_left, in_right, eigenvalues, damping)
-    norms = _norms(_own_products(left))
-    return found, in_left, in_right, _cancels(norms, in_left, eigenvalues, damping)
+    "leftᵀ (G + δI)⁻¹ right; leftᵀ A, rightᵀ A; does it cancel?"
+    in_left, in_right = cross_gram(left, K.root), cross_gram(right, K.root)
+    solved = _times_inverse(K, damping, in_left)
+    found = (cross_gram(left, right) - matmul(solved, in_right.T)) / damping
+    return found, in_left, in_right, _cancels(_norms(_own_products(left)), in_left, solved)
 
 
 @program
 def _blocks_by_gram(
     K: Gram, root: SquareRoot, damping: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    "The diagonal blocks of rootᵀ (G + δI)⁻¹ root; rootᵀ A U; do they cancel?"
-    eigenvalues, own = K.eigh()[0], _own_products(root)
-    inside = _in_eigenvectors(K, root)
-    by_sample = inside.reshape(*own.shape[:2], -1)
-    found = jax.vmap(_by_woodbury, (0, 0, 0, None, None))(
-        own, by_sample, by_sample, eigenvalues, damping)
-    return found, inside, _cancels(_norms(own), inside, eigenvalues, damping)
+    "The diagonal blocks of rootᵀ (G + δI)⁻¹ root; rootᵀ A; do they cancel?"
+    own, inside = _own_products(root), cross_gram(root, K.root)
+    solved = _times_inverse(K, damping, inside)
+    by_sample = lambda rows: rows.reshape(*own.shape[:2], -1)
+    products = jax.vmap(lambda a, b: matmul(a, b.T))(by_sample(inside), by_sample(solved))
+    return (own - products) / damping, inside, _cancels(_norms(own), inside, solved)
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000034
 _NUMBERS_AT_ONCE = 2**26
@@ -129,22 +116,19 @@ def _as_rows(columns: Any) -> Any:
 def _beside_span(
     K: Gram, b: Any, inside: jax.Array, damping: jax.Array
 ) -> tuple[Any, jax.Array]:
-    "e = b − A u and (Λ + δI)⁻¹ Uᵀ g, g = Aᵀ e − δu, for each row of b; u solves (K + δI) u = Aᵀ b"
-    eigenvalues, U = K.eigh()
+    "e = b − A u and (K + δI)⁻¹ g, g = Aᵀ e − δu, for each row of b; u solves (K + δI) u = Aᵀ b"
+    solve = partial(_times_inverse, K, damping)
     def step(_, state):
         e, u, correction = state
-        change = matmul(correction, U.T)
-        e = jax.tree.map(jnp.subtract, e, combine_columns(K.root, change))
-        u = u + change
-        g = project_on_columns(K.root, e) - damping * u
-        return e, u, matmul(g, U) / (eigenvalues + damping)[None]
-    start = b, jnp.zeros_like(inside), inside / (eigenvalues + damping)[None]
-    e, _, correction = jax.lax.fori_loop(0, 3, step, start)
+        e = jax.tree.map(jnp.subtract, e, combine_columns(K.root, correction))
+        u = u + correction
+        return e, u, solve(project_on_columns(K.root, e) - damping * u)
+    e, _, correction = jax.lax.fori_loop(0, 3, step, (b, jnp.zeros_like(inside), solve(inside)))
     return e, correction
 
 
 def _map_columns(
-    fn: Callable,  # (b, bᵀ A U, e, (Λ + δI)⁻¹ Uᵀ g) of some samples -> results with a row for each
+    fn: Callable,  # (b, bᵀ A, e, (K + δI)⁻¹ g) of some samples -> results with a row for each
     K: Gram, root: SquareRoot, inside: jax.Array, damping: jax.Array,
 ) -> jax.Array:
     "`fn` of the columns b of a root, and of what is beside the span of A"
@@ -241,7 +225,7 @@ def inverse_products(
 ) -> jax.Array:  # (M_left, M_right)
     "leftᵀ (M + δI)⁻¹ right"
     if not isinstance(M, Gram): return _by_solving(M, left, right, damping)
-    check_bytes(left.shape[1], right.shape[1] + M.root.shape[1], M.matrix.dtype)
+    check_gram_bytes(left.shape[1], right.shape[1] + M.root.shape[1], M.matrix.dtype)
     damping, K = positive_number(damping, left.operator.structure), M.with_eigh()
     found, in_left, in_right, cancels = _by_gram(K, left, right, damping)
     careful = lambda: _by_gradients(K, left, right, in_left, in_right, damping)

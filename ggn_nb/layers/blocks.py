@@ -29,6 +29,7 @@ from ggn_nb.operators.operator import register_operator, scale_tree
 from ggn_nb.operators.samples import Samples
 from ggn_nb.operators.square_root import with_root
 from ggn_nb.operators.streamed import Streamed
+from ggn_nb.tools.checks import check_bytes
 
 # %% ../../nbs/layers/22_blocks.ipynb #13580003
 @register_operator
@@ -111,18 +112,13 @@ def _flat_gradients(leaf: Sequence[Pair], like: Any) -> jax.Array:
     return gradients.reshape(*gradients.shape[:2], -1)
 
 # %% ../../nbs/layers/22_blocks.ipynb #13580005
-_MOST_BYTES = 8 * 10**9
-
-
 def _formed(B: BlockDiagonal) -> DenseBlocks:
     "The blocks as dense matrices"
     leaves, treedef = jax.tree.flatten(B.structure)
     members = tuple(map(tuple, leaves_of_blocks(B.problem.blocks)))
     sizes = [sum(leaves[i].size for i in own) for own in members]
-    if (size := 4 * sum(n**2 for n in sizes)) > _MOST_BYTES:
-        raise ValueError(f"blocks: got dense blocks of up to {max(sizes):,} parameters, "
-                         f"{size / 1e9:,.1f} GB, expected at most {_MOST_BYTES / 1e9:.0f} GB: take "
-                         "smaller blocks")
+    check_bytes(4 * sum(n**2 for n in sizes),
+                f"blocks: got dense blocks of up to {max(sizes):,} parameters", "smaller blocks")
     G = with_root(GGN(replace(B.problem, blocks=None), B.samples), signed=True)
     total = sum_over_data(G, _Blocks(members), AllColumns(), name="blocks")
     blocks = tuple(scale_tree(B.problem.factor, total))

@@ -17,7 +17,7 @@ from ggn_nb.layers.columns import AllColumns, SampledColumns, SignedColumns
 from ggn_nb.layers.heads import head_squares
 from ggn_nb.layers.model_pairs import ModelPairs, norms, squares
 from ggn_nb.layers.pairs import contract
-from ggn_nb.layers.probes import hutchinson_trace, xtrace
+from ggn_nb.layers.probes import check_probes, hutchinson_trace, xtrace
 from ggn_nb.layers.sums import check_is_ggn, sum_over_data
 from ggn_nb.losses.loss import Loss
 from ggn_nb.operators.fisher import check_key, heads_of, threefry_key
@@ -254,10 +254,7 @@ def _by_probes(A: Any, estimator: ProbeEstimator, key: Any, num_probes: Any) -> 
     "The trace of any operator"
     check_operator(A, "G")
     check_key(key, f"estimator={estimator!r}")
-    number, most = check_size(num_probes, "num_probes") or min(10, A.shape[0]), A.shape[0]
-    if number < 2 or (estimator == "xtrace" and number > most):
-        raise ValueError(f"num_probes: got {number}, expected at least 2, and for 'xtrace' at most "
-                         f"the size of the matrix, {most}")
+    number = check_probes(num_probes, A.shape[0] if estimator == "xtrace" else None)
     if estimator == "hutchinson": return Estimate(*hutchinson_trace(A, jnp.asarray(key), number))
     if not A.traceable:
         raise ValueError("estimator: got 'xtrace', expected 'hutchinson' for what is on a stream")

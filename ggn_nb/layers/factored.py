@@ -15,6 +15,7 @@ from ggn_nb.layers.sums import pairs_in_chunks
 from ggn_nb.operators.curvature import Problem
 from ggn_nb.operators.ggn import Way, register_way
 from ggn_nb.operators.operator import bytes_of
+from ggn_nb.tools.checks import check_bytes
 from ggn_nb.operators.samples import Samples
 
 # %% ../../nbs/layers/21_factored.ipynb #b9020003
@@ -34,16 +35,12 @@ def factored_product(
     return treedef.unflatten(all_leaves(found, pairs.structures))
 
 # %% ../../nbs/layers/21_factored.ipynb #b9020004
-_MOST_BYTES = 8 * 10**9
-
-
 def stored_pairs(problem: Problem, samples: Samples) -> ModelPairs:
     "The pairs of all samples; `ValueError` where they would take more than 8 GB"
     size = bytes_of(jax.eval_shape(pairs_in_chunks, problem, samples))
-    if size <= _MOST_BYTES: return pairs_in_chunks(problem, samples)
-    raise ValueError(
-        f"linearize: got 'factored', which would store {size / 1e9:,.1f} GB, expected at most "
-        f"{_MOST_BYTES / 1e9:.0f} GB: take 'cached' or 'recomputed'")
+    check_bytes(size, "linearize: got 'factored', which would store the pairs of all layers",
+                "'cached' or 'recomputed'")
+    return pairs_in_chunks(problem, samples)
 
 
 register_way("factored", Way(stored_pairs, factored_product))

@@ -30,6 +30,7 @@ from ..operators.square_root import SquareRoot, square_root
 from ..operators.streamed import Streamed
 from ..operators.streams import Stream
 from ..tools.arrays import working_dtype
+from ..tools.checks import check_bytes
 from ..tools.programs import program
 
 # %% ../../nbs/layers/30_gram.ipynb #1a300006
@@ -197,7 +198,7 @@ class Gram(Operator):
         if isinstance(data, Stream): raise TypeError(f"data: got a Stream, {_IN_MEMORY}")
         G = self.root.operator
         root = square_root(on_samples(type(G), G.problem, read_samples(data), weigh=False)[0])
-        check_bytes(root.shape[1], self.matrix.shape[0], self.matrix.dtype)
+        check_gram_bytes(root.shape[1], self.matrix.shape[0], self.matrix.dtype)
         return cross_gram(root, self.root)
 
     def __repr__(self) -> str:
@@ -205,19 +206,16 @@ class Gram(Operator):
         return f"Gram({self.root.shape[0]:,} parameters, {self.root.shape[1]:,} columns{kept})"
 
 # %% ../../nbs/layers/30_gram.ipynb #1a300011
-_MOST_BYTES = 8 * 10**9
 _IN_MEMORY = ("expected samples in memory: a Gram matrix has the inner products of all pairs of "
               "columns. Take as many samples as fit")
 
 
-def check_bytes(num_rows: int, num_columns: int, dtype: Any) -> None:
+def check_gram_bytes(num_rows: int, num_columns: int, dtype: Any) -> None:
     "Raise `ValueError` where the matrix is larger than 8 GB"
-    size = num_rows * num_columns * jnp.dtype(dtype).itemsize
-    if size <= _MOST_BYTES: return
-    raise ValueError(
-        f"G: got a Gram matrix of {num_rows:,} × {num_columns:,} numbers, {size / 1e9:,.1f} "
-        f"GB, expected at most {_MOST_BYTES / 1e9:.0f} GB: take fewer samples, or columns by "
-        "Monte-Carlo, as many a sample as are drawn, from create_fisher_mv(kind='monte_carlo')")
+    check_bytes(num_rows * num_columns * jnp.dtype(dtype).itemsize,
+                f"G: got a Gram matrix of {num_rows:,} × {num_columns:,} numbers",
+                "fewer samples, or columns by Monte-Carlo, as many a sample as are drawn, from "
+                "create_fisher_mv(kind='monte_carlo')")
 
 # %% ../../nbs/layers/30_gram.ipynb #1a300012
 def gram(G: GGN) -> Gram:
@@ -258,7 +256,7 @@ def gram(G: GGN) -> Gram:
     if isinstance(G, Streamed):
         raise TypeError(f"G: got a {G.kind.__name__} on a stream, {_IN_MEMORY}")
     root = square_root(G)
-    check_bytes(root.shape[1], root.shape[1], columns_dtype(root))
+    check_gram_bytes(root.shape[1], root.shape[1], columns_dtype(root))
     return Gram(root, _gram_matrix(root))
 
 # %% ../../nbs/layers/30_gram.ipynb #1a300100

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/layers/12_probes.ipynb #c8010002
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from .columns import draw_signs
 from ..operators.operator import Operator, ravel
 from ..tools.arrays import working_dtype
+from ..tools.checks import check_size
 from ..tools.extras import import_extra
 from ..tools.programs import program
 
@@ -24,6 +26,14 @@ def random_products(A: Operator, key: jax.Array, num: int) -> tuple[jax.Array, j
     dtype = working_dtype(*[leaf.dtype for leaf in jax.tree.leaves(A.structure)])
     flat = partial(ravel, dtype=dtype)
     return jax.vmap(flat)(vecs), jax.vmap(flat)(A.matmat(vecs))
+
+
+def check_probes(num_probes: Any, most: int | None = None) -> int:
+    "How many random vectors, 10 by default; at least two, so that there is a standard error"
+    number = check_size(num_probes, "num_probes") or min(10, most or 10)
+    if 2 <= number <= (most or number): return number
+    limits = "at least 2, for a standard error" + (f", and at most {most:,}" if most else "")
+    raise ValueError(f"num_probes: got {number:,}, expected {limits}")
 
 
 def mean_and_error(draws: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -32,12 +32,12 @@ from ggn_nb.operators.square_root import with_root
 from ggn_nb.operators.streamed import Streamed, placed, samples_of
 from ggn_nb.operators.streams import sum_over_batches
 from ggn_nb.tools.arrays import is_traced
+from ggn_nb.tools.checks import check_bytes
 from ggn_nb.tools.programs import program
 from ggn_nb.tools.progress import progress, progress_is_shown, step_of_progress
 
 # %% ../../nbs/layers/05_sums.ipynb #30270003
 _BYTES_AT_ONCE = 2**26  # of the pairs of a chunk that is summed up
-_MOST_BYTES = 8 * 10**9  # of the pairs of one call of the model
 
 
 def _batch_size_of_calls(problem: Problem, samples: Samples, columns: Callable) -> int | None:
@@ -45,11 +45,9 @@ def _batch_size_of_calls(problem: Problem, samples: Samples, columns: Callable) 
     at_once = problem.samples_at_once
     chunk = samples if at_once is None else jax.tree.map(lambda leaf: leaf[:at_once], samples)
     size = bytes_of(jax.eval_shape(partial(pairs_of, columns=columns), problem, chunk))
-    if size <= _MOST_BYTES: return problem.batch_size
-    raise ValueError(
-        f"G: got a model that is called with all samples, which has {size / 1e9:,.1f} GB of pairs, "
-        f"expected at most {_MOST_BYTES / 1e9:.0f} GB: take vmap_over_data=True, or batch_size=1 "
-        "where samples do not depend on each other")
+    check_bytes(size, "G: got the pairs of a model that is called with all samples",
+                "vmap_over_data=True, or batch_size=1 where samples do not depend on each other")
+    return problem.batch_size
 
 
 def samples_at_once(

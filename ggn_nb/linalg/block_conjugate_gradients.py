@@ -12,28 +12,33 @@ import jax
 import jax.numpy as jnp
 
 from .conjugate_gradients import Correction, LinearSystem, row_norms
-from .products import repeat_while
+from .products import repeat_while, widened
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d0006
-def _widened(vecs: jax.Array) -> jax.Array:
-    "In float64, where JAX has it"
-    return vecs.astype(jnp.result_type(float))
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def _nonzero(sizes: jax.Array) -> jax.Array:
+    return jnp.where(sizes > 0, sizes, 1)
 
 
 def _whitened(vecs: jax.Array) -> jax.Array:
     "Combinations of the rows that are nearly orthonormal, or zero"
-    wide = _widened(vecs)
-    values, U = jnp.linalg.eigh(jnp.matmul(wide, wide.T, precision="highest"))
+    wide = widened(vecs)
+    products = _matmul(wide, wide.T)
+    sizes = _nonzero(jnp.sqrt(jnp.diagonal(products)))
+    values, U = jnp.linalg.eigh(products / jnp.outer(sizes, sizes))
     small = max(float(jnp.finfo(vecs.dtype).eps), 100 * float(jnp.finfo(wide.dtype).eps))
     independent = values > small * values[-1]
     inverses = jnp.where(independent, jax.lax.rsqrt(jnp.where(independent, values, 1)), 0)
-    return jnp.matmul((U * inverses[None]).T.astype(vecs.dtype), vecs, precision="highest")
+    combine = (U * inverses[None]).T / sizes[None]
+    return _matmul(combine.astype(vecs.dtype), vecs)
 
 
 def orthonormal_rows(vecs: jax.Array) -> jax.Array:  # (K, P)
     "Orthonormal rows, or zeros, that span what the rows of `vecs`, (K, P), span"
-    sizes = row_norms(vecs)[:, None]
-    return _whitened(_whitened(vecs / jnp.where(sizes > 0, sizes, 1)))
+    return _whitened(_whitened(vecs))
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d0009
 class _Inverse(NamedTuple):
@@ -45,7 +50,7 @@ class _Inverse(NamedTuple):
 
 def _inverse(p: jax.Array, q: jax.Array, eps: float) -> _Inverse:
     "From the rows P and A P; the small eigenproblem is in float64 where JAX has it"
-    products = _widened(jnp.matmul(p, q.T, precision="highest"))
+    products = widened(_matmul(p, q.T))
     values, U = jnp.linalg.eigh((products + products.T) / 2)
     noise = 10 * eps * jnp.max(row_norms(q)).astype(values.dtype)
     inverses = jnp.where(values > noise, 1 / jnp.where(values > noise, values, 1), 0)
@@ -57,13 +62,10 @@ class _State(NamedTuple):
     x: jax.Array  # (K, P)
     r: jax.Array  # (K, P), by the recursion
     p: jax.Array  # (K, P), orthonormal, or zero
+    is_left: jax.Array  # (K,) bool: is the residual above the target?
     steps: jax.Array
     indefinite: jax.Array
     useful: jax.Array  # did the last directions win anything?
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")
 
 
 def _step(system: LinearSystem, target: jax.Array, state: _State) -> _State:
@@ -71,26 +73,29 @@ def _step(system: LinearSystem, target: jax.Array, state: _State) -> _State:
     q = system.multiply.many(state.p)
     inverse = _inverse(state.p, q, system.multiply.eps)
     stop = inverse.indefinite & (not system.is_psd)
-    is_left = (row_norms(state.r) > target) & ~stop
-    alpha = jnp.where(is_left, _matmul(inverse.matrix, _matmul(state.p, state.r.T)), 0)
+    moves = state.is_left & ~stop
+    alpha = jnp.where(moves, _matmul(inverse.matrix, _matmul(state.p, state.r.T)), 0)
     x = state.x + _matmul(alpha.T, state.p)
     r = state.r - _matmul(alpha.T, q)
-    z = system.precondition(jnp.where((row_norms(r) > target)[:, None], r, 0))
-    beta = -_matmul(inverse.matrix, _matmul(q, z.T))
-    p = orthonormal_rows(z + _matmul(beta.T, state.p))
-    return _State(x, r, p, state.steps + 1, stop, inverse.useful)
+    is_left = row_norms(r) > target
+    z = system.precondition(r)
+    beta = jnp.where(is_left, -_matmul(inverse.matrix, _matmul(q, z.T)), 0)
+    p = orthonormal_rows(jnp.where(is_left[:, None], z, 0) + _matmul(beta.T, state.p))
+    return _State(x, r, p, is_left, state.steps + 1, stop, inverse.useful)
 
 
 def block_round(
     system: LinearSystem, b: jax.Array, target: jax.Array, max_steps: jax.Array
 ) -> Correction:
-    "A round of block conjugate gradients, for the rows of `b`"
-    def wanted(s):
-        left = jnp.any(row_norms(s.r) > target) & (s.steps < max_steps)
-        return left & s.useful & ~s.indefinite
-    p = orthonormal_rows(system.precondition(jnp.where((row_norms(b) > target)[:, None], b, 0)))
+    "A round of block conjugate gradients, for the rows of `b`, in units where they have length 1"
+    units = _nonzero(row_norms(b))
+    unit_rows, reach = b / units[:, None], target / units
+    is_left = row_norms(unit_rows) > reach
+    p = orthonormal_rows(jnp.where(is_left[:, None], system.precondition(unit_rows), 0))
     no, yes = jnp.array(False), jnp.array(True)
-    start = _State(jnp.zeros_like(b), b, p, jnp.array(0), no, yes)
-    step = lambda state: _step(system, target, state)
+    zero = jnp.zeros_like(b)
+    start = _State(zero, unit_rows, p, is_left, jnp.array(0), no, yes)
+    wanted = lambda s: jnp.any(s.is_left) & (s.steps < max_steps) & s.useful & ~s.indefinite
+    step = lambda state: _step(system, reach, state)
     last = repeat_while(wanted, step, start, in_program=system.in_program)
-    return Correction(last.x, last.steps, last.indefinite)
+    return Correction(units[:, None] * last.x, last.steps, last.indefinite)

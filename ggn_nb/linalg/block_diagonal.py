@@ -75,6 +75,10 @@ class BlockForms(ClosedForms):
         values = self._all_eigenvalues
         return jnp.sum(jnp.log(values + damping.astype(values.dtype)))
 
+    def relative_logdet(self, damping: Any) -> jax.Array:
+        values = self._all_eigenvalues
+        return jnp.sum(jnp.log1p(values / damping.astype(values.dtype)))
+
     def largest(self, k: int) -> tuple[jax.Array, Any]:
         M = self.operator
         values, places = jax.lax.top_k(self._all_eigenvalues, k)

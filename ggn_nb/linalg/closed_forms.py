@@ -66,6 +66,9 @@ class ClosedForms(MatrixForms):
     def logdet(self, damping: Any) -> jax.Array: "log det(M + δI)"
 
     @abstractmethod
+    def relative_logdet(self, damping: Any) -> jax.Array: "log det(I + M/δ), without P log δ"
+
+    @abstractmethod
     def largest(self, k: int) -> tuple[jax.Array, Any]:
         "(k,), descending, and unit eigenvectors of M, stacked; NaN where one is not determined"
 

@@ -61,6 +61,10 @@ class DiagonalForms(ClosedForms):
     def logdet(self, damping: Any) -> jax.Array:
         return jnp.sum(jnp.log(flat_entries(self._damped(damping))))
 
+    def relative_logdet(self, damping: Any) -> jax.Array:
+        ratios = jax.tree.map(jnp.divide, widen(self.operator.entries), damping)
+        return jnp.sum(jnp.log1p(flat_entries(ratios)))
+
     def largest(self, k: int) -> tuple[jax.Array, Any]:
         values, places = jax.lax.top_k(flat_entries(self.operator.entries), k)
         units = jax.nn.one_hot(places, self.operator.shape[0], dtype=values.dtype)

@@ -11,17 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..layers.diagonal import Estimate
-from ..layers.probes import mean_and_error, random_products
+from ..layers.probes import check_probes, mean_and_error, random_products
 from ..operators.fisher import check_one_key
 from ..operators.operator import Operator, check_operator
-from ..tools.checks import check_size
-
-# %% ../../nbs/linalg/08_frobenius_norm.ipynb #530d0006
-def check_probes(num_probes: Any) -> int:
-    "How many random vectors, 10 by default; at least two, so that there is a standard error"
-    number = check_size(num_probes, "num_probes") or 10
-    if number > 1: return number
-    raise ValueError("num_probes: got 1, expected at least 2, for a standard error")
 
 # %% ../../nbs/linalg/08_frobenius_norm.ipynb #530d0007
 def frobenius_norm(A: Operator, key: Any, *, num_probes: int | None = None) -> Estimate:

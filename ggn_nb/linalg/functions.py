@@ -18,11 +18,12 @@ import ggn_nb.linalg.diagonal
 import ggn_nb.linalg.low_rank
 from ..layers.diagonal import Estimate
 from ..layers.gram import Gram
-from ..layers.probes import mean_and_error
+from ..layers.probes import check_probes, mean_and_error
 from .conjugate_gradients import row_norms
 from .closed_forms import ClosedForms, MatrixForms, Solution, closed_forms
-from .frobenius_norm import check_probes
-from .iterative_forms import IterativeForms, iterative_forms, split_damping
+from ggn_nb.linalg.iterative_forms import (
+    IterativeForms, iterative_forms, relative_to, split_damping,
+)
 from .lanczos import Which, lanczos_eigenpairs
 from .lobpcg import lobpcg_eigenpairs
 from .products import FlatProduct
@@ -320,20 +321,40 @@ def inverse_sqrt(
     return InverseRoot(forms, forms.read_damping(damping))
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10010
-@program
-def _logdet(forms: ClosedForms, damping: Any) -> jax.Array:
-    return forms.logdet(damping)
+@partial(program, static_argnums=(2,))
+def _logdet(forms: ClosedForms, damping: Any, relative: bool) -> jax.Array:
+    return forms.relative_logdet(damping) if relative else forms.logdet(damping)
 
 
 def _estimated_logdet(
-    forms: IterativeForms, damping: Any, key: jax.Array, num_probes: int, num_steps: int
+    forms: IterativeForms, damping: Any, relative: bool, key: jax.Array, num_probes: int,
+    num_steps: int,
 ) -> Estimate:
     "By stochastic Lanczos quadrature"
-    multiply, shift = split_damping(forms.operator, damping)
+    if relative: multiply, logs = relative_to(forms.operator, damping)
+    else:
+        multiply, shift = split_damping(forms.operator, damping)
+        logs = lambda x: jnp.log(shift(x))
     nodes, weights = quadrature(multiply, key, num_probes, num_steps)
-    estimate = Estimate(*mean_and_error(traces(nodes, weights, lambda x: jnp.log(shift(x)))))
+    estimate = Estimate(*mean_and_error(traces(nodes, weights, logs)))
     raise_faults({_INDEFINITE: jnp.isnan(estimate.value)})
     return estimate
+
+
+def find_logdet(
+    M: Operator, damping: Any, relative: bool, key: Any, num_probes: int | None,
+    num_steps: int | None,
+) -> Any:
+    "log det(M + δI), or relative to that of the damping, log det(I + M/δ)"
+    forms = closed_forms(M)
+    if forms is not None:
+        _refuse_options(M, key=key, num_probes=num_probes, num_steps=num_steps)
+        return _logdet(forms, forms.read_damping(damping), relative)
+    forms = iterative_forms(M)
+    damping = forms.read_damping(damping)
+    check_key(key, f"a log determinant by the products of a {type(M).__name__}")
+    probes, steps = check_probes(num_probes), check_size(num_steps, "num_steps") or 50
+    return _estimated_logdet(forms, damping, relative, jnp.asarray(key), probes, steps)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a08
 def logdet(
@@ -374,15 +395,7 @@ def logdet(
         >>> logdet(2 * D, damping=1.0, key=jax.random.key(0)).value.round(4)
         Array(1.0986, dtype=float32)
     """
-    forms = closed_forms(M)
-    if forms is not None:
-        _refuse_options(M, key=key, num_probes=num_probes, num_steps=num_steps)
-        return _logdet(forms, forms.read_damping(damping))
-    forms = iterative_forms(M)
-    damping = forms.read_damping(damping)
-    check_key(key, f"a log determinant by the products of a {type(M).__name__}")
-    probes, steps = check_probes(num_probes), check_size(num_steps, "num_steps") or 50
-    return _estimated_logdet(forms, damping, jnp.asarray(key), probes, steps)
+    return find_logdet(M, damping, False, key, num_probes, num_steps)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10016
 _BYTES_AT_ONCE = 2**23

@@ -21,7 +21,7 @@ from ggn_nb.linalg.closed_forms import (
 )
 from .conjugate_gradients import LinearSystem, lineax_round, row_norms, solve_in_rounds
 from .lanczos_functions import matrix_function
-from .products import FlatProduct, linearized_once, refuse_slopes
+from .products import FlatProduct, flat_damping, linearized_once, refuse_slopes
 from ..operators.operator import Operator, check_operator, register_operator, unravel
 from ..operators.samples import cast_like, widen
 from ..tools.arrays import register_pytree
@@ -90,6 +90,41 @@ def split_damping(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
     least = 0 if operator.is_psd else -jnp.inf
     shift = lambda x: jnp.maximum(x, least) + leaves[0].astype(x.dtype)
     return FlatProduct(operator), shift
+
+# %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00031
+@register_operator
+class Relative(Operator):
+    "Δ^(-1/2) M Δ^(-1/2)"
+
+    operator: Operator
+    roots: Any  # 1 / √δ for each entry, in float32 or better
+
+    @property
+    def structure(self) -> Any: return self.operator.structure
+
+    @property
+    def traceable(self) -> bool: return self.operator.traceable
+
+    @property
+    def is_psd(self) -> bool: return self.operator.is_psd
+
+    def multiply(self, vec: Any) -> Any:
+        return self._scaled(self.operator(self._scaled(vec)))
+
+    def _scaled(self, vec: Any) -> Any:
+        return cast_like(jax.tree.map(jnp.multiply, self.roots, widen(vec)), vec)
+
+
+def relative_to(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
+    "What Lanczos multiplies by, and what turns its eigenvalues into log(1 + λ/δ)"
+    least = 0 if operator.is_psd else -jnp.inf
+    leaves, structure = jax.tree.leaves(damping), widen_structure(operator.structure)
+    if len(leaves) == 1 and not leaves[0].shape:
+        logs = lambda x: jnp.log1p(jnp.maximum(x, least) / leaves[0].astype(x.dtype))
+        return FlatProduct(operator), logs
+    flat = flat_damping(damping, structure, FlatProduct(operator).dtype)
+    relative = Relative(operator, unravel(jax.lax.rsqrt(flat), structure))
+    return FlatProduct(relative), lambda x: jnp.log1p(jnp.maximum(x, least))
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00021
 def _flat_function(

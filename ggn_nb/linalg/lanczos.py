@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .products import FlatProduct, is_in_program, repeat_while
+from .products import FlatProduct, is_in_program, repeat_while, widened
 from ..tools.programs import program
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10006
@@ -110,7 +110,7 @@ def _order(values: Any, which: Which, xp: Any) -> Any:
 def _sorted_eigh(matrix: jax.Array, which: Which) -> tuple[jax.Array, jax.Array]:
     "Eigenpairs of a small matrix, the most wanted first, computed in float64 where there is"
     if is_in_program(matrix):
-        values, vectors = jnp.linalg.eigh(matrix.astype(jnp.result_type(float, matrix.dtype)))
+        values, vectors = jnp.linalg.eigh(widened(matrix))
         order = _order(values, which, jnp)
     else:
         values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))

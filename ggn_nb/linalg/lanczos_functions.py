@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from .lanczos import Basis, empty_basis, ended_matrix, extended
-from .products import FlatProduct, repeat_while
+from .products import FlatProduct, repeat_while, widened
 
 # %% ../../nbs/linalg/08_lanczos_functions.ipynb #4b750006
 def first_coefficients(basis: Basis, known: jax.Array, fn: Callable) -> jax.Array:
@@ -22,7 +22,7 @@ def first_coefficients(basis: Basis, known: jax.Array, fn: Callable) -> jax.Arra
     has = jnp.arange(len(matrix)) < known
     both = has[:, None] & has[None, :]
     matrix = jnp.where(both, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
-    values, vectors = jnp.linalg.eigh(matrix.astype(jnp.result_type(float, matrix.dtype)))
+    values, vectors = jnp.linalg.eigh(widened(matrix))
     return (vectors @ (fn(values) * vectors[0])).astype(matrix.dtype)
 
 # %% ../../nbs/linalg/08_lanczos_functions.ipynb #4b750007

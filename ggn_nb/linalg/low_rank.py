@@ -17,7 +17,7 @@ from ..layers.eigh import zero_below
 from ..layers.gram import Gram
 from .closed_forms import ClosedForms, closed_forms, normal_like, widen_structure
 from ggn_nb.linalg.matrix_functions import (
-    INVERSE, INVERSE_ROOT_QUOTIENT, SpectralFunction, low_rank_logdet, times_function,
+    INVERSE, INVERSE_ROOT_QUOTIENT, SpectralFunction, relative_logdet, times_function,
 )
 from ..operators.operator import ravel, unravel
 from ..operators.samples import cast_like, widen
@@ -58,7 +58,11 @@ class LowRankForms(ClosedForms):
         return _plus(self.to_params(columns), jax.lax.rsqrt(damping), vec)
 
     def logdet(self, damping: jax.Array) -> jax.Array:
-        return low_rank_logdet(self.eigenvalues, damping, self.operator.root.shape[0])
+        size = self.operator.root.shape[0]
+        return size * jnp.log(damping) + self.relative_logdet(damping)
+
+    def relative_logdet(self, damping: jax.Array) -> jax.Array:
+        return relative_logdet(self.eigenvalues, damping)
 
     def draw_noise(self, key: jax.Array) -> tuple[Any, jax.Array]:
         like = jax.ShapeDtypeStruct(self.eigenvalues.shape, self.eigenvalues.dtype)

@@ -34,13 +34,12 @@ def inverse_root_quotient(
     return -1 / (at_zero * root * (at_zero + root))
 
 # %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00010
-def low_rank_logdet(
+def relative_logdet(
     eigenvalues: jax.Array,  # of AᵀA
     damping: jax.Array,  # scalar > 0 of the same dtype
-    size: int,  # P, the rows of A
 ) -> jax.Array:
-    "log det(AAᵀ + δI)"
-    return size * jnp.log(damping) + jnp.log1p(eigenvalues / damping).sum()
+    "log det(I + AAᵀ/δ) = log det(AAᵀ + δI) − P log δ"
+    return jnp.log1p(eigenvalues / damping).sum()
 
 # %% ../../nbs/linalg/00_matrix_functions.ipynb #1fa00021
 class SpectralFunction(NamedTuple):

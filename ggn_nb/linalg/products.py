@@ -55,7 +55,8 @@ class FlatProduct:
         return self._damped(self.flat(self.operator(self.tree(vec))), vec)
 
     def many(self, vecs: jax.Array) -> jax.Array:
-        "The products with the rows of `vecs`, by the operator's `matmat`"
+        "The products with the rows of `vecs`, by the operator's `matmat` where there are several"
+        if len(vecs) == 1: return self(vecs[0])[None]
         products = self.operator.matmat(jax.vmap(self.tree)(vecs))
         return self._damped(jax.vmap(self.flat)(products), vecs)
 
@@ -70,6 +71,11 @@ class FlatProduct:
 
     def flat(self, tree: Any) -> jax.Array:
         return ravel(tree, self.dtype)
+
+# %% ../../nbs/linalg/04_products.ipynb #d7f50031
+def widened(array: jax.Array) -> jax.Array:
+    "In float64 where JAX has it: `result_type(float, float32)` is float32"
+    return array.astype(jnp.result_type(float))
 
 # %% ../../nbs/linalg/04_products.ipynb #d7f5000c
 def linearized_once(operator: Any) -> Any:

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.diagonal import Estimate
-from ..layers.probes import mean_and_error
-from .frobenius_norm import check_probes
+from ..layers.probes import check_probes, mean_and_error
 from .lanczos import empty_basis, ended_matrix, extended
-from .products import FlatProduct, linearized_once, without_slopes
+from .products import FlatProduct, linearized_once, widened, without_slopes
 from ..operators.fisher import check_one_key
 from ..operators.operator import Operator, check_operator
 from ..tools.arrays import register_pytree
@@ -34,8 +33,8 @@ def nodes_and_weights(
     signs = jax.random.rademacher(key, (multiply.size,), multiply.dtype)
     basis = empty_basis(signs / multiply.size**0.5, size)
     T = ended_matrix(extended(multiply, basis, 0, size))
-    nodes, vectors = jnp.linalg.eigh(T.astype(jnp.result_type(float, T.dtype)))
-    return nodes, multiply.size * jnp.square(vectors[0])
+    nodes, vectors = jnp.linalg.eigh(widened(T))
+    return nodes.astype(T.dtype), multiply.size * jnp.square(vectors[0]).astype(T.dtype)
 
 
 _BYTES_AT_ONCE = 2**27

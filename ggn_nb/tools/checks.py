@@ -150,6 +150,16 @@ def check_size(value: Any, name: str) -> int | None:
     if size < 1: raise ValueError(f"{name}: got {size}, expected at least 1")
     return size
 
+# %% ../../nbs/tools/00_checks.ipynb #571b11f1
+_MOST_BYTES = 8 * 10**9
+
+
+def check_bytes(size: int, got: str, remedy: str) -> None:
+    "Raise `ValueError` where arrays of so many bytes are more than 8 GB"
+    if size <= _MOST_BYTES: return
+    raise ValueError(f"{got}, {size / 1e9:,.1f} GB, expected at most {_MOST_BYTES / 1e9:.0f} GB: "
+                     f"take {remedy}")
+
 # %% ../../nbs/tools/00_checks.ipynb #571b11da
 def check_flag(value: Any, name: str) -> bool:
     "`value`, if it is a truth value of Python or NumPy; `TypeError` otherwise"

@@ -182,3 +182,54 @@ def test_errors():
     for call, kind, message in cases:
         with pytest.raises(kind, match=message.replace("(", r"\(")):
             call()
+
+
+def test_evidence_of_many_parameters_in_float32():
+    """P log δ is more than a million: neither it nor its rounding error is in the result."""
+    P, delta = 200_000, 1e3
+    inputs, y = normal(3, P) / P**0.5 * 40, normal(3, seed=1)
+
+    def evidence(dtype, representation, damping=delta, **options):
+        params = jnp.zeros(P, dtype)
+        data = {"input": inputs.astype(dtype), "target": y.astype(dtype)}
+        G = create_ggn_mv(lambda input, params: input @ params, params, data, "mse")
+        found = log_marginal_likelihood(representation(G), G, damping, **options)
+        return float(getattr(found, "value", found))
+
+    X = np.asarray(inputs)
+    exact = -np.sum(np.square(y)) - np.linalg.slogdet(np.eye(3) + 2 / delta * X @ X.T)[1] / 2
+    of_diagonal = -np.sum(np.square(y)) - np.sum(np.log1p(2 / delta * np.sum(X**2, axis=0))) / 2
+    entries = lambda G: Diagonal(diagonal(G))
+    key = {"key": jax.random.key(0), "num_probes": 2, "num_steps": 5}
+    for dtype, rtol in (("float64", 1e-10), ("float32", 1e-5)):
+        assert_close(evidence(dtype, gram), exact, rtol=rtol)
+        assert_close(evidence(dtype, entries), of_diagonal, rtol=rtol)
+        assert_close(evidence(dtype, entries, jnp.full(P, delta, dtype)), of_diagonal, rtol=rtol)
+    for damping in (delta, jnp.full(P, delta)):
+        wide, narrow = (evidence(dtype, lambda G: G, damping, **key) for dtype in ("float64", "float32"))
+        assert_close(narrow, wide, atol=0.01)
+        assert abs(wide - exact) < 0.5
+
+
+@pytest.mark.parametrize("damping", [0.5, 1e-4])  # from products, and from what is left of gradients
+def test_covariances_have_derivatives_where_eigenvalues_are_equal(damping):
+    bend = lambda input, params: jnp.tanh(input @ params)
+    x, queries, params = jnp.eye(4)[:3], jnp.r_[normal(2, 4), jnp.eye(4)[:1]], jnp.full(4, 0.3)
+    G = create_ggn_mv(bend, params, {"input": x, "target": None}, "none")
+    assert np.ptp(np.asarray(gram(G).eigh()[0])) < 1e-12
+
+    def ours(params, joint):
+        at = G.at(params)
+        found = predictive_covariance(gram(at), at, queries, damping, joint=joint)
+        return jnp.sum(jnp.sin(found))
+
+    def dense(params, joint):
+        J, A = (jax.jacfwd(lambda p, x=x: bend(x, p))(params) for x in (queries, x))
+        found = J @ jnp.linalg.inv(A.T @ A + damping * jnp.eye(4)) @ J.T
+        return jnp.sum(jnp.sin(found if joint else jnp.diagonal(found)))
+
+    for joint in (False, True):
+        exact = jax.grad(dense)(params, joint)
+        assert_close(ours(params, joint), dense(params, joint), rtol=1e-8)
+        assert_close(jax.grad(ours)(params, joint), exact, rtol=1e-7)
+        assert_close(jax.jit(jax.grad(ours), static_argnums=1)(params, joint), exact, rtol=1e-7)

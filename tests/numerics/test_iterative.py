@@ -31,6 +31,9 @@ from ggn_nb import (
     trace,
 )
 from ggn_nb.linalg.block_conjugate_gradients import orthonormal_rows
+from ggn_nb.linalg.lanczos import Basis
+from ggn_nb.linalg.lanczos_functions import first_coefficients
+from ggn_nb.tools.equations import equations_of
 from ggn_nb.tools.testing import assert_close
 from ggn_nb.tools.timing import count_compiles
 from jax import random
@@ -495,3 +498,30 @@ def test_a_missing_library_is_named(monkeypatch):
     A, _ = turned(np.arange(1.0, 8.0))
     with pytest.raises(ImportError, match=r"pip install \"ggn_nb\[linalg\]\""):
         solve(A, jnp.ones(7), 1.0)
+
+
+def eigenproblems(program):
+    """The dtypes of the matrices whose eigenvalues a program computes."""
+    return {e.invars[0].aval.dtype.name for e in equations_of(program) if e.primitive.name == "eigh"}
+
+
+def test_small_eigenproblems_are_in_float64():
+    A, _ = turned(np.arange(1.0, 9.0), "float32")
+    key, vec = random.key(0), jnp.ones(8, "float32")
+    functions = (
+        lambda A: logdet(A, 0.1, key=key).value,
+        lambda A: spectral_density(A, key).nodes,
+        lambda A: sample(A, key, 0.1),
+        lambda A: inverse_sqrt(A, 0.1)(vec),
+        lambda A: eigsh(A, 2)[0],
+        lambda A: solve_many(A, jnp.stack([vec, 2 * vec]), 0.1).x,
+    )
+    for number, fn in enumerate(functions):
+        program = jax.make_jaxpr(fn)(A)
+        assert eigenproblems(program) == {"float64"}, number
+        assert program.out_avals[0].dtype == "float32", number
+    small = np.float32([[1, 0.5], [0.5, 0.25 + 1e-6]])
+    basis = Basis(jnp.eye(3, 2, dtype="float32"), jnp.asarray(small), jnp.zeros((), "float32"))
+    values, U = np.linalg.eigh(np.float64(small))
+    exact = U @ (U[0] / np.sqrt(values))
+    assert_close(np.float64(jax.jit(lambda b: first_coefficients(b, 2, jax.lax.rsqrt))(basis)), exact, rtol=1e-6)
