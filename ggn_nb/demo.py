@@ -258,7 +258,7 @@ def main(path: str | Path = "ggn_demo.png") -> Path:
     with step("timing one product against one gradient"):
         ratio = gradients_per_product()
     with step("drawing"):
-        draw_figure(model_fn, params, stepped, instead, data).savefig(path, dpi=150)
+        draw_figure(model_fn, params, stepped, instead, data).savefig(path, dpi=100)
     reached = {"start": start, "trained": params, "stepped": stepped, "instead": instead}
     losses = {name: float(mean_loss(model_fn, p, data)) for name, p in reached.items()}
     accuracies = {name: float(accuracy(model_fn, p, test_data)) for name, p in reached.items()}

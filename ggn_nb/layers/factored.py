@@ -15,8 +15,8 @@ from ggn_nb.layers.sums import pairs_in_chunks
 from ggn_nb.operators.curvature import Problem
 from ggn_nb.operators.ggn import Way, register_way
 from ggn_nb.operators.operator import bytes_of
-from ggn_nb.tools.checks import check_bytes
 from ggn_nb.operators.samples import Samples
+from ggn_nb.tools.checks import check_bytes
 
 # %% ../../nbs/layers/21_factored.ipynb #b9020003
 def factored_product(
