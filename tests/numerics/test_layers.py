@@ -153,12 +153,12 @@ def test_random_programs(part):
 BIASES = {name: use for name, use in USES.items() if "bias" in name or "output used" in name or name in ("subtracted", "shared weight")}
 
 
+@pytest.mark.combinations
 @pytest.mark.parametrize("around", ["nothing", "scan"])
-def test_biases(around):
+@pytest.mark.parametrize("part", [0, 1])
+def test_biases(part, around):
     """Biases of layers, and leaves that only look like it."""
-    names = list(BIASES)
-    for part in (names[::2], names[1::2]):
-        check([Program(name, "as it is", around) for name in part])
+    check([Program(name, "as it is", around) for name in list(BIASES)[part::2]])
 
 
 def test_which_biases_belong_to_layers():

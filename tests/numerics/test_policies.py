@@ -81,17 +81,18 @@ def test_policies_agree(name, kind):
         AGREE(make(**options)(vec), want)
 
 
+@pytest.mark.combinations
 @kinds
-def test_kinds_agree_in_batches_and_streams(kind):
+@pytest.mark.parametrize("scale", [("sum", None), ("sum", 50), ("mean", None), ("mean", 3)], ids=str)
+def test_kinds_agree_in_batches_and_streams(kind, scale):
     model_fn, params, data = CASES["mlp"]
-    make = lambda data, **options: KINDS[kind](model_fn, params, data, "cross_entropy", **options)
+    options = dict(zip(("reduction", "num_total_samples"), scale, strict=True))
+    make = lambda data, **more: KINDS[kind](model_fn, params, data, "cross_entropy", **options, **more)
     vec = random_like(params)
-    for reduction, total in (("sum", None), ("sum", 50), ("mean", None), ("mean", 3)):
-        options = dict(reduction=reduction, num_total_samples=total)
-        want = make(data, **options)(vec)
-        AGREE(make(data, batch_size=4, **options)(vec), want)
-        AGREE(make(Stream(in_batches(data, 4)), **options)(vec), want)
-    AGREE(make(Stream(in_batches(data, 5)), batch_size=2, **options)(vec), want)
+    want = make(data)(vec)
+    AGREE(make(data, batch_size=4)(vec), want)
+    AGREE(make(Stream(in_batches(data, 4)))(vec), want)
+    AGREE(make(Stream(in_batches(data, 5)), batch_size=2)(vec), want)
 
 
 @pytest.mark.parametrize("kind", ["ggn", "monte carlo"])
