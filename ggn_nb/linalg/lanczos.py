@@ -30,26 +30,39 @@ def empty_basis(first: jax.Array, size: int) -> Basis:
     return Basis(vectors, jnp.zeros((size, size), first.dtype), jnp.zeros((), first.dtype))
 
 
-def _orthogonal(vectors: jax.Array, vec: jax.Array) -> tuple[jax.Array, jax.Array]:
-    "What is left of `vec` beside orthonormal rows, and its coefficients"
-    coefficients = jnp.zeros(len(vectors), vec.dtype)
-    for _ in range(2):
-        more = jnp.matmul(vectors, vec, precision="highest")
-        vec = vec - jnp.matmul(more, vectors, precision="highest")
-        coefficients = coefficients + more
-    return vec, coefficients
+_ROWS = 16  # of a basis, that are read together
 
 
+def _orthogonal(
+    vectors: jax.Array, vec: jax.Array, known: int | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    "What is left of `vec` beside the orthonormal rows before `known`, and its coefficients"
+    size = min(_ROWS, len(vectors))
+    def beside(i, state):
+        vec, coefficients = state
+        at = jnp.minimum(i * size, len(vectors) - size)
+        rows = jax.lax.dynamic_slice_in_dim(vectors, at, size)
+        more = jnp.matmul(rows, vec, precision="highest")
+        sums = jax.lax.dynamic_slice_in_dim(coefficients, at, size) + more
+        coefficients = jax.lax.dynamic_update_slice_in_dim(coefficients, sums, at, 0)
+        return vec - jnp.matmul(more, rows, precision="highest"), coefficients
+    state = vec, jnp.zeros(len(vectors), vec.dtype)
+    for _ in range(2): state = jax.lax.fori_loop(0, -(-known // size), beside, state)
+    return state
+
+
+@program
 def random_unit(vectors: jax.Array, key: jax.Array) -> jax.Array:
     "A random unit vector orthogonal to orthonormal rows"
-    vec, _ = _orthogonal(vectors, jax.random.normal(key, vectors.shape[1:], vectors.dtype))
+    vec = jax.random.normal(key, vectors.shape[1:], vectors.dtype)
+    vec, _ = _orthogonal(vectors, vec, len(vectors))
     return vec / jnp.linalg.norm(vec)
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10007
 @program
 def _with_product(basis: Basis, j: jax.Array, image: jax.Array, key: jax.Array | None) -> Basis:
     "The basis with one more vector, from the product with its j-th"
-    left, coefficients = _orthogonal(basis.vectors, image)
+    left, coefficients = _orthogonal(basis.vectors, image, j + 1)
     rows = basis.coefficients.at[j].set(coefficients[:-1])
     rest = jnp.linalg.norm(left)
     is_new = rest > 10 * jnp.finfo(left.dtype).eps * jnp.max(jnp.abs(rows))
