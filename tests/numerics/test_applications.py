@@ -201,7 +201,7 @@ def test_evidence_of_many_parameters_in_float32():
     of_diagonal = -np.sum(np.square(y)) - np.sum(np.log1p(2 / delta * np.sum(X**2, axis=0))) / 2
     entries = lambda G: Diagonal(diagonal(G))
     key = {"key": jax.random.key(0), "num_probes": 2, "num_steps": 5}
-    for dtype, rtol in (("float64", 1e-10), ("float32", 1e-5)):
+    for dtype, rtol in (("float64", 1e-10), ("float32", 1e-4)):
         assert_close(evidence(dtype, gram), exact, rtol=rtol)
         assert_close(evidence(dtype, entries), of_diagonal, rtol=rtol)
         assert_close(evidence(dtype, entries, jnp.full(P, delta, dtype)), of_diagonal, rtol=rtol)
