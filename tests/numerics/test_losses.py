@@ -177,6 +177,7 @@ def test_verify_passes(name):
     f, _, y, rng = draw(variant, (2, 4), 1)
     given, _ = weights_for("both", f.shape if variant.size is None else f.shape[:-1], rng)
     loss = create_loss(variant.name, **variant.options)
+    verify(loss, f, y, raise_on_failure=True)
     verify(loss, f, y, **given, raise_on_failure=True)
 
 
