@@ -20,7 +20,7 @@ from ggn_nb.operators.operator import (
     Operator, ravel, register_operator, static_field, structure_of, unravel,
 )
 from ..operators.samples import cast_like
-from ..tools.arrays import as_array, working_dtype
+from ..tools.arrays import as_array, matmul, working_dtype
 from ..tools.checks import check_array, check_floating, check_integer
 
 # %% ../../nbs/layers/21_dense_blocks.ipynb #1a210006
@@ -123,7 +123,7 @@ class DenseBlocks(Operator):
         return self.treedef.unflatten(self.leaves)
 
     def multiply(self, vec: Any) -> Any:
-        times = lambda block, part: jnp.matmul(block, part, precision="highest")
+        times = lambda block, part: matmul(block, part)
         parts = map(times, self.blocks, self.split(vec))
         return cast_like(self.join(list(parts)), self.structure)
 

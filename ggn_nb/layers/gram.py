@@ -29,7 +29,7 @@ from ..operators.samples import Samples, count_samples, read_samples
 from ..operators.square_root import SquareRoot, square_root
 from ..operators.streamed import Streamed
 from ..operators.streams import Stream
-from ..tools.arrays import working_dtype
+from ..tools.arrays import matmul, working_dtype
 from ..tools.checks import check_bytes
 from ..tools.programs import program
 
@@ -142,7 +142,7 @@ class Gram(Operator):
 
     def multiply(self, vec: Any) -> Any:
         flat = ravel(vec, self.matrix.dtype)
-        return unravel(jnp.matmul(self.matrix, flat, precision="highest"), self.structure)
+        return unravel(matmul(self.matrix, flat), self.structure)
 
     def dense(self) -> jax.Array:
         """The matrix K, of shape (M, M), in the order of the leaves of the columns."""

@@ -11,29 +11,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .conjugate_gradients import Correction, LinearSystem, row_norms
+from .conjugate_gradients import Correction, LinearSystem, nonzero, row_norms
 from .products import repeat_while, widened
+from ..tools.arrays import matmul
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d0006
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")
-
-
-def _nonzero(sizes: jax.Array) -> jax.Array:
-    return jnp.where(sizes > 0, sizes, 1)
-
-
 def _whitened(vecs: jax.Array) -> jax.Array:
     "Combinations of the rows that are nearly orthonormal, or zero"
     wide = widened(vecs)
-    products = _matmul(wide, wide.T)
-    sizes = _nonzero(jnp.sqrt(jnp.diagonal(products)))
+    products = matmul(wide, wide.T)
+    sizes = nonzero(jnp.sqrt(jnp.diagonal(products)))
     values, U = jnp.linalg.eigh(products / jnp.outer(sizes, sizes))
     small = max(float(jnp.finfo(vecs.dtype).eps), 100 * float(jnp.finfo(wide.dtype).eps))
     independent = values > small * values[-1]
     inverses = jnp.where(independent, jax.lax.rsqrt(jnp.where(independent, values, 1)), 0)
     combine = (U * inverses[None]).T / sizes[None]
-    return _matmul(combine.astype(vecs.dtype), vecs)
+    return matmul(combine.astype(vecs.dtype), vecs)
 
 
 def orthonormal_rows(vecs: jax.Array) -> jax.Array:  # (K, P)
@@ -50,7 +43,7 @@ class _Inverse(NamedTuple):
 
 def _inverse(p: jax.Array, q: jax.Array, eps: float) -> _Inverse:
     "From the rows P and A P; the small eigenproblem is in float64 where JAX has it"
-    products = widened(_matmul(p, q.T))
+    products = widened(matmul(p, q.T))
     values, U = jnp.linalg.eigh((products + products.T) / 2)
     noise = 10 * eps * jnp.max(row_norms(q)).astype(values.dtype)
     inverses = jnp.where(values > noise, 1 / jnp.where(values > noise, values, 1), 0)
@@ -74,13 +67,13 @@ def _step(system: LinearSystem, target: jax.Array, state: _State) -> _State:
     inverse = _inverse(state.p, q, system.multiply.eps)
     stop = inverse.indefinite & (not system.is_psd)
     moves = state.is_left & ~stop
-    alpha = jnp.where(moves, _matmul(inverse.matrix, _matmul(state.p, state.r.T)), 0)
-    x = state.x + _matmul(alpha.T, state.p)
-    r = state.r - _matmul(alpha.T, q)
+    alpha = jnp.where(moves, matmul(inverse.matrix, matmul(state.p, state.r.T)), 0)
+    x = state.x + matmul(alpha.T, state.p)
+    r = state.r - matmul(alpha.T, q)
     is_left = row_norms(r) > target
     z = system.precondition(r)
-    beta = jnp.where(is_left, -_matmul(inverse.matrix, _matmul(q, z.T)), 0)
-    p = orthonormal_rows(jnp.where(is_left[:, None], z, 0) + _matmul(beta.T, state.p))
+    beta = jnp.where(is_left, -matmul(inverse.matrix, matmul(q, z.T)), 0)
+    p = orthonormal_rows(jnp.where(is_left[:, None], z, 0) + matmul(beta.T, state.p))
     return _State(x, r, p, is_left, state.steps + 1, stop, inverse.useful)
 
 
@@ -88,7 +81,7 @@ def block_round(
     system: LinearSystem, b: jax.Array, target: jax.Array, max_steps: jax.Array
 ) -> Correction:
     "A round of block conjugate gradients, for the rows of `b`, in units where they have length 1"
-    units = _nonzero(row_norms(b))
+    units = nonzero(row_norms(b))
     unit_rows, reach = b / units[:, None], target / units
     is_left = row_norms(unit_rows) > reach
     p = orthonormal_rows(jnp.where(is_left[:, None], system.precondition(unit_rows), 0))

@@ -44,6 +44,11 @@ class LinearSystem:
 def row_norms(vecs: jax.Array) -> jax.Array:
     return jnp.linalg.norm(vecs, axis=1)
 
+
+def nonzero(sizes: jax.Array) -> jax.Array:
+    "Sizes to divide by: 1 in the place of 0"
+    return jnp.where(sizes > 0, sizes, 1)
+
 # %% ../../nbs/linalg/05_conjugate_gradients.ipynb #2e33000b
 class Found(NamedTuple):
     "How far the rounds are; a row for each right-hand side"
@@ -106,7 +111,7 @@ def lineax_round(
 ) -> Correction:
     "A round for one right-hand side, by the conjugate gradients of lineax"
     lx = import_extra("lineax", "linalg")
-    size = jnp.where(row_norms(b) > 0, row_norms(b), 1)
+    size = nonzero(row_norms(b))
     like = jax.ShapeDtypeStruct(b.shape[1:], b.dtype)
     on_vector = lambda fn: lx.FunctionLinearOperator(fn, like, lx.positive_semidefinite_tag)
     A = on_vector(lambda v: jnp.asarray(_UNIT, v.dtype) * system.multiply(v))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .products import FlatProduct, is_in_program, repeat_while, widened
+from ..tools.arrays import matmul
 from ..tools.programs import program
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10006
@@ -42,10 +43,10 @@ def _orthogonal(
         vec, coefficients = state
         at = jnp.minimum(i * size, len(vectors) - size)
         rows = jax.lax.dynamic_slice_in_dim(vectors, at, size)
-        more = jnp.matmul(rows, vec, precision="highest")
+        more = matmul(rows, vec)
         sums = jax.lax.dynamic_slice_in_dim(coefficients, at, size) + more
         coefficients = jax.lax.dynamic_update_slice_in_dim(coefficients, sums, at, 0)
-        return vec - jnp.matmul(more, rows, precision="highest"), coefficients
+        return vec - matmul(more, rows), coefficients
     state = vec, jnp.zeros(len(vectors), vec.dtype)
     for _ in range(2): state = jax.lax.fori_loop(0, -(-known // size), beside, state)
     return state
@@ -152,7 +153,7 @@ def _restarted(
     size = len(values)
     kept = jnp.where(converged, k, keep)
     is_kept = jnp.arange(size) < kept
-    ritz = jnp.matmul(vectors.T, basis.vectors[:-1], precision="highest")
+    ritz = matmul(vectors.T, basis.vectors[:-1])
     rows = jnp.where(is_kept[:, None], ritz, 0)
     unknown = lambda: random_unit(rows, key)
     following = jax.lax.cond(converged, unknown, lambda: basis.vectors[-1])

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from .lanczos import Basis, empty_basis, ended_matrix, extended
 from .products import FlatProduct, repeat_while, widened
+from ..tools.arrays import matmul
 
 # %% ../../nbs/linalg/08_lanczos_functions.ipynb #4b750006
 def first_coefficients(basis: Basis, known: jax.Array, fn: Callable) -> jax.Array:
@@ -57,5 +58,5 @@ def matrix_function(
     start = FunctionOfMatrix(empty_basis(first, size), jnp.array(0), jnp.zeros(size, vec.dtype),
                              jnp.array(jnp.inf, vec.dtype))
     last = repeat_while(wanted, step, start, in_program=multiply.operator.traceable)
-    result = jnp.matmul(last.coefficients, last.basis.vectors[:-1], precision="highest")
+    result = matmul(last.coefficients, last.basis.vectors[:-1])
     return norm * result, (last.change <= tolerance) | (norm == 0)
