@@ -8,14 +8,21 @@ __all__ = []
 # %% ../../nbs/operators/11_layout.ipynb #0de6337d
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, reshard
 
 # %% ../../nbs/operators/11_layout.ipynb #d0a1c002
+def _axes_of(spec: Any) -> tuple[str, ...]:
+    "The axes of the mesh that entries of a `PartitionSpec` name"
+    named = [entry for entry in spec if isinstance(entry, str | tuple)]
+    return tuple(axis for e in named for axis in ((e,) if isinstance(e, str) else e))
+
+
 @dataclass(frozen=True)
 class Layout:
     "Where an operator lives: static, for programs are compiled for it"
@@ -51,8 +58,18 @@ class Layout:
         "`fn(whole, split)` on each device, whose results have rows as its part of `split` has"
         if not self.axes: return fn
         split = PartitionSpec(self.axes)
-        return jax.shard_map(fn, mesh=self.mesh, in_specs=(PartitionSpec(), split),
-                             out_specs=split, axis_names=set(self.axes), check_vma=False)
+        mapped = jax.shard_map(fn, mesh=self.mesh, in_specs=(PartitionSpec(), split),
+                               out_specs=split, axis_names=set(self.axes), check_vma=False)
+        move = lambda is_split, tree: jax.tree.map(partial(self._moved, is_split), tree)
+        return lambda whole, rows: mapped(move(False, whole), move(True, rows))
+
+    def _moved(self, is_split: bool, leaf: Any) -> Any:
+        "`leaf` as `shard_map` takes it, split or whole; where axes are explicit it has to be moved"
+        if not set(self.axes) <= set(self.mesh.abstract_mesh.explicit_axes): return leaf
+        now = jax.typeof(leaf).sharding.spec
+        spec = [tuple(a for a in _axes_of([entry]) if a not in self.axes) or None for entry in now]
+        if is_split: spec[0] = self.axes
+        return reshard(leaf, NamedSharding(self.mesh, PartitionSpec(*spec)))
 
     def local_part(self, parts: Any) -> Any:
         "A device's own part of what `on_each_device` returned"
@@ -68,12 +85,6 @@ def _sharding(leaf: Any) -> NamedSharding | None:
     known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     on_mesh = known and isinstance(leaf.sharding, NamedSharding)
     return leaf.sharding if on_mesh else None
-
-
-def _axes_of(spec: Any) -> tuple[str, ...]:
-    "The axes of the mesh that entries of a `PartitionSpec` name"
-    named = [entry for entry in spec if isinstance(entry, str | tuple)]
-    return tuple(axis for e in named for axis in ((e,) if isinstance(e, str) else e))
 
 # %% ../../nbs/operators/11_layout.ipynb #5a5c57e5
 def layout_of(

@@ -122,6 +122,10 @@ for options in ({}, {"batch_size": 12}):
     G = create_ggn_mv(model_fn, put(params, explicit), put(data, explicit, "data"), "cross_entropy", **options)
     agree(G(put(vec, explicit)), product)
     agree(G.matmat(put(vecs, explicit), vector_batch_size=2), products)
+    for mixed in (data | {"target": put(data["target"], explicit)}, data):  # others are laid out otherwise, or nowhere
+        G = create_ggn_mv(model_fn, put(params, explicit), mixed | {"input": put(data["input"], explicit, "data")}, "cross_entropy", **options)
+        agree(G(vec), product)
+    agree(G(jax.tree.map(lambda a: put(a, explicit, "data") if a.shape[0] % 4 == 0 else a, vec)), product)
 
 # half precision, derivatives with respect to weights, captured operators
 halves = lambda tree: jax.tree.map(lambda a: a.astype(jnp.bfloat16), tree)
