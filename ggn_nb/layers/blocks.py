@@ -52,7 +52,7 @@ class BlockDiagonal(Curvature):
 
     @staticmethod
     def product(problem: Problem, linearization: Any, samples: Samples, vec: Any) -> Any:
-        """For each block b: J_bᵀ H J_b vec_b."""
+        """For each block b: factor · J_bᵀ H J_b vec_b."""
         return factored_product(problem, linearization, samples, vec)
 
     @staticmethod

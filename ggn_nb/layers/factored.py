@@ -25,11 +25,12 @@ def factored_product(
     samples: Samples,
     vec: Any,  # tree like the parameters, in float32 or better
 ) -> Any:
-    "Σ_nc s u gradient, with u = ⟨gradient, vec⟩ over the leaves of a block"
+    "factor · Σ_nc s u gradient, with u = ⟨gradient, vec⟩ over the leaves of a block"
     vecs, treedef = jax.tree.flatten(vec)
     found: dict[int, jax.Array] = {}
     for part in pairs.in_blocks(problem.blocks or (0,) * len(vecs)).values():
         u = project(part, vecs)
+        u *= problem.factor.astype(u.dtype)
         if pairs.signs is not None: u *= pairs.signs
         found |= combine(part, u, pairs.structures)
     return treedef.unflatten(all_leaves(found, pairs.structures))

@@ -505,7 +505,7 @@ Method = Literal["lanczos", "lobpcg"]
 class _Pairs(NamedTuple):
     "What a method ends with"
     values: jax.Array  # (k,), the most wanted first
-    vectors: jax.Array  # (k, P)
+    vectors: jax.Array  # theirs, of shape (P,), in its first rows
     scale: jax.Array  # the largest |λ| that was seen
     ended: jax.Array  # () or (k,) bool: is the search over, or were steps missing?
 
@@ -524,19 +524,24 @@ def _pairs_by_products(
         return _Pairs(values, vectors, jnp.max(jnp.abs(values)), jnp.array(True))
     size = min(multiply.size, max(2 * k + 10, 30))
     found = lanczos_eigenpairs(multiply, k, which, size, tolerance, max_steps, key)
-    ended = found.done | (found.errors <= tolerance) & (found.steps >= max_steps)
-    return _Pairs(found.values, found.basis.vectors[:k], found.scale, ended)
+    ended = found.done | (found.errors <= tolerance)
+    return _Pairs(found.values, found.basis.vectors, found.scale, ended)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a12
 @program
-def _looked_over(multiply: FlatProduct, pairs: _Pairs) -> tuple[jax.Array, jax.Array, jax.Array]:
-    "Eigenvalues and vectors with their derivatives; the true residuals, relative"
-    images = multiply.many(pairs.vectors)
-    residuals = row_norms(images - pairs.values[:, None] * pairs.vectors)
-    slopes = jnp.sum(images * pairs.vectors, axis=1)
+def _looked_over(
+    multiply: FlatProduct, pairs: _Pairs, enough: jax.Array
+) -> tuple[jax.Array, Any, jax.Array]:
+    "Eigenvalues and vectors with their derivatives, NaN if not found; the true residuals, relative"
+    vectors = pairs.vectors[: len(pairs.values)]
+    images = multiply.many(vectors)
+    residuals = row_norms(images - pairs.values[:, None] * vectors)
+    residuals = residuals / jnp.maximum(pairs.scale, jnp.finfo(residuals.dtype).tiny)
+    slopes = jnp.sum(images * vectors, axis=1)
     values = pairs.values + slopes - jax.lax.stop_gradient(slopes)
-    vectors = _without_derivative(pairs.vectors, values)
-    return values, vectors, residuals / jnp.maximum(pairs.scale, jnp.finfo(values.dtype).tiny)
+    found = pairs.ended & (residuals <= enough)
+    vectors = jnp.where(found[:, None], _without_derivative(vectors, values), jnp.nan)
+    return values, jax.vmap(multiply.tree)(vectors), residuals
 
 
 @jax.custom_jvp
@@ -632,21 +637,19 @@ def _eigsh_by_products(
     enough = min(0.1, 10 * max(reach, multiply.eps**0.5)) if lax else given
     most = forms.max_steps or {"lanczos": 10_000, "lobpcg": 500}[method]
     traceable = multiply.operator.traceable
-    alone = jax.lax.stop_gradient(multiply) if traceable else multiply
+    alone = jax.lax.stop_gradient(multiply) if is_traced(multiply) else multiply
     pairs = _pairs_by_products(alone, k, which, method, reach, most, jnp.asarray(key))
     look = _looked_over if traceable else _looked_over.__wrapped__
-    values, vectors, residuals = look(multiply, pairs)
+    values, vectors, residuals = look(multiply, pairs, enough)
     _check_pairs(most, enough, pairs.ended, residuals)
-    found = pairs.ended & (residuals <= enough)
-    return values, jax.vmap(multiply.tree)(jnp.where(found[:, None], vectors, jnp.nan))
+    return values, vectors
 
 
 def _check_pairs(most: int, enough: float, ended: jax.Array, residuals: jax.Array) -> None:
     "Raise `ValueError` where the search has not ended, or not with eigenpairs"
     raise_faults({f"max_steps: got {most} products, in which not all eigenpairs were found, "
                   "expected more, or a larger tolerance": ~ended})
-    worst = jnp.max(residuals)
-    if is_traced(worst) or worst <= enough: return
+    if is_traced(residuals) or (worst := float(jnp.max(residuals))) <= enough: return
     raise ValueError(f"M: got products for which |M u − λ u| is {worst:.1e} times the largest |λ|, "
                      f"expected at most {enough:.1e}: M is not symmetric, or rounding errors leave "
                      "no less; for those take a larger tolerance, or a wider dtype")

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10002
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .products import FlatProduct, is_in_program, repeat_while, widened
-from ..tools.arrays import matmul
+from ..tools.arrays import is_traced, matmul
 from ..tools.programs import program
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10006
@@ -31,39 +32,54 @@ def empty_basis(first: jax.Array, size: int) -> Basis:
     return Basis(vectors, jnp.zeros((size, size), first.dtype), jnp.zeros((), first.dtype))
 
 
-_ROWS = 16  # of a basis, that are read together
+_ROWS = 32  # of a basis, that are read together
 
 
-def _orthogonal(
-    vectors: jax.Array, vec: jax.Array, known: int | jax.Array
+def _beside(
+    vectors: jax.Array,
+    vec: jax.Array,
+    coefficients: jax.Array,  # of all rows, that are known so far
+    first: int | jax.Array,
+    stop: int | jax.Array,
+    together: int,  # rows that are read at a time
 ) -> tuple[jax.Array, jax.Array]:
-    "What is left of `vec` beside the orthonormal rows before `known`, and its coefficients"
-    size = min(_ROWS, len(vectors))
+    "What is left of `vec` beside the orthonormal rows first, …, stop - 1, and the coefficients"
+    size = min(together, len(vectors))
     def beside(i, state):
         vec, coefficients = state
-        at = jnp.minimum(i * size, len(vectors) - size)
+        at = jnp.minimum(first + i * size, len(vectors) - size)
         rows = jax.lax.dynamic_slice_in_dim(vectors, at, size)
         more = matmul(rows, vec)
         sums = jax.lax.dynamic_slice_in_dim(coefficients, at, size) + more
         coefficients = jax.lax.dynamic_update_slice_in_dim(coefficients, sums, at, 0)
         return vec - matmul(more, rows), coefficients
-    state = vec, jnp.zeros(len(vectors), vec.dtype)
-    for _ in range(2): state = jax.lax.fori_loop(0, -(-known // size), beside, state)
-    return state
+    return jax.lax.fori_loop(0, -((first - stop) // size), beside, (vec, coefficients))
 
 
 @program
 def random_unit(vectors: jax.Array, key: jax.Array) -> jax.Array:
     "A random unit vector orthogonal to orthonormal rows"
     vec = jax.random.normal(key, vectors.shape[1:], vectors.dtype)
-    vec, _ = _orthogonal(vectors, vec, len(vectors))
+    state = vec, jnp.zeros(len(vectors), vec.dtype)
+    for _ in range(2): state = _beside(vectors, *state, 0, len(vectors), _ROWS)
+    vec, _ = state
     return vec / jnp.linalg.norm(vec)
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10007
 @program
-def _with_product(basis: Basis, j: jax.Array, image: jax.Array, key: jax.Array | None) -> Basis:
+def _with_product(
+    basis: Basis,
+    j: jax.Array,
+    start: jax.Array,  # the first vector after a restart
+    image: jax.Array,
+    key: jax.Array | None,
+) -> Basis:
     "The basis with one more vector, from the product with its j-th"
-    left, coefficients = _orthogonal(basis.vectors, image, j + 1)
+    first = jnp.where(j == start, 0, j - 1)  # beside those before it, nothing is left but rounding
+    state = image, jnp.zeros(len(basis.vectors), image.dtype)
+    for at, together in ((first, 2), (0, _ROWS)):
+        state = _beside(basis.vectors, *state, at, j + 1, together)
+    left, coefficients = state
     rows = basis.coefficients.at[j].set(coefficients[:-1])
     rest = jnp.linalg.norm(left)
     is_new = rest > 10 * jnp.finfo(left.dtype).eps * jnp.max(jnp.abs(rows))
@@ -85,7 +101,7 @@ def _extended(
         j, basis = state
         image = multiply(basis.vectors[j])
         own = None if key is None else jax.random.fold_in(key, j)
-        return j + 1, _with_product(basis, j, image, own)
+        return j + 1, _with_product(basis, j, start, image, own)
     wanted = lambda state: state[0] < stop
     state = (start, basis)
     return repeat_while(wanted, step, state, in_program=multiply.operator.traceable)[1]
@@ -99,7 +115,7 @@ def extended(
 ) -> Basis:
     "The same; one program where the operator can be in one"
     extend = _extended_in_program if multiply.operator.traceable else _extended
-    return extend(multiply, basis, jnp.asarray(start), jnp.asarray(stop), key)
+    return extend(multiply, basis, start, stop, key)
 
 
 def small_matrix(basis: Basis) -> jax.Array:
@@ -122,14 +138,15 @@ def _order(values: Any, which: Which, xp: Any) -> Any:
 
 
 def _sorted_eigh(matrix: jax.Array, which: Which) -> tuple[jax.Array, jax.Array]:
-    "Eigenpairs of a small matrix, the most wanted first, computed in float64 where there is"
-    if is_in_program(matrix):
-        values, vectors = jnp.linalg.eigh(widened(matrix))
+    "Eigenpairs by the lower triangle of a matrix, the most wanted first, by float64 where there is"
+    if is_traced(matrix):
+        values, vectors = jnp.linalg.eigh(widened(matrix), symmetrize_input=False)
         order = _order(values, which, jnp)
     else:
         values, vectors = np.linalg.eigh(np.asarray(matrix, np.float64))
         order = _order(values, which, np)
-    return jnp.asarray(values[order], matrix.dtype), jnp.asarray(vectors[:, order], matrix.dtype)
+    return values[order].astype(matrix.dtype), vectors[:, order].astype(matrix.dtype)
+
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e1000e
 class Search(NamedTuple):
@@ -142,26 +159,56 @@ class Search(NamedTuple):
     seen: jax.Array  # (k,) the values at the last convergence, at first NaN
     steps: jax.Array  # products
     done: jax.Array
+    ended: jax.Array  # done, or out of steps
+    key: jax.Array  # for the random vectors of the next cycle
 
 
-@partial(program, static_argnums=(4, 5))
+@partial(program, static_argnums=(0, 1, 2))
+def _begun(size: int, k: int, like: jax.ShapeDtypeStruct, key: jax.Array) -> Search:
+    "A search whose basis is one random vector, with room for `size` more"
+    first = random_unit(jnp.zeros((1, *like.shape), like.dtype), key)
+    blank = jnp.full(k, jnp.nan, like.dtype)
+    return Search(empty_basis(first, size), jnp.array(0), blank, blank, blank[0], blank,
+                  jnp.array(0), jnp.array(False), jnp.array(False), key)
+
+
 def _restarted(
-    basis: Basis, values: jax.Array, vectors: jax.Array, converged: jax.Array, k: int, keep: int,
-    key: jax.Array,
-) -> tuple[Basis, jax.Array]:  # and how many of its vectors are kept
-    "With the best Ritz vectors, and the last vector; with the k wanted and a random one"
-    size = len(values)
-    kept = jnp.where(converged, k, keep)
-    is_kept = jnp.arange(size) < kept
+    basis: Basis, values: jax.Array, vectors: jax.Array, kept: jax.Array, following: Callable
+) -> Basis:
+    "With the first so many of these Ritz vectors, and `following(rows)` after them"
+    is_kept = jnp.arange(len(values)) < kept
     ritz = matmul(vectors.T, basis.vectors[:-1])
-    rows = jnp.where(is_kept[:, None], ritz, 0)
-    unknown = lambda: random_unit(rows, key)
-    following = jax.lax.cond(converged, unknown, lambda: basis.vectors[-1])
-    padded = jnp.concatenate([rows, jnp.zeros_like(rows[:1])])
-    matrix = jnp.diag(jnp.where(is_kept, values, 0))
-    return Basis(padded.at[kept].set(following), matrix, basis.rest), kept
+    rows = jnp.zeros_like(basis.vectors).at[: len(values)].set(jnp.where(is_kept[:, None], ritz, 0))
+    diagonal = jnp.zeros(len(basis.coefficients), values.dtype).at[: len(values)]
+    matrix = jnp.diag(diagonal.set(jnp.where(is_kept, values, 0)))
+    return Basis(rows.at[kept].set(following(rows)), matrix, basis.rest)
+
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e1000f
+@partial(program, static_argnums=(4,))
+def _assessed(
+    s: Search, basis: Basis, values: jax.Array, vectors: jax.Array, k: int, tolerance: jax.Array,
+    max_steps: jax.Array,
+) -> Search:
+    "After a cycle, with all Ritz pairs of its basis"
+    size, is_all = len(values), len(values) == basis.vectors.shape[1]
+    scale = jnp.maximum(jnp.max(jnp.abs(values)), jnp.finfo(values.dtype).tiny)
+    errors = basis.rest * jnp.abs(vectors[-1, :k]) / scale
+    converged = jnp.all(errors <= tolerance) | is_all
+    same = jnp.all(jnp.abs(values[:k] - s.seen) <= 10 * tolerance * scale)
+    done = (converged & same) | is_all
+    keep = k + (size - k) // 2
+    kept = jnp.where(converged, k, keep)
+    own, key = jax.random.split(s.key)
+    looks_again = lambda rows: jax.lax.cond(
+        converged & ~done, lambda: random_unit(rows, own), lambda: basis.vectors[-1])
+    basis = _restarted(basis, values[:keep], vectors[:, :keep], kept, looks_again)
+    seen = jnp.where(converged, values[:k], s.seen)
+    steps = s.steps + size - s.start
+    ended = done | (steps >= max_steps)
+    return Search(basis, kept, values[:k], errors, scale, seen, steps, done, ended, key)
+
+
 def lanczos_eigenpairs(
     multiply: FlatProduct,
     k: int,
@@ -172,25 +219,12 @@ def lanczos_eigenpairs(
     key: jax.Array,
 ) -> Search:
     "The k eigenpairs that are wanted: `values`, and the first vectors of `basis`"
-    keep, is_all = k + (size - k) // 2, size == multiply.size
     def cycle(s):
-        own = jax.random.fold_in(key, s.steps)
-        basis = extended(multiply, s.basis, s.start, size, own)
-        values, vectors = _sorted_eigh(small_matrix(basis), which)
-        scale = jnp.maximum(jnp.max(jnp.abs(values)), jnp.finfo(values.dtype).tiny)
-        errors = basis.rest * jnp.abs(vectors[-1, :k]) / scale
-        converged = jnp.all(errors <= tolerance) | is_all
-        wanted = values[:k]
-        same = jnp.all(jnp.abs(wanted - s.seen) <= 10 * tolerance * scale)
-        basis, start = _restarted(basis, values, vectors, converged, k, keep, own)
-        steps = s.steps + size - s.start
-        seen = jnp.where(converged, wanted, s.seen)
-        done = (converged & same) | is_all
-        return Search(basis, start, wanted, errors, scale, seen, steps, done)
-    first = random_unit(jnp.zeros((1, multiply.size), multiply.dtype), key)
-    blank = jnp.full(k, jnp.nan, multiply.dtype)
-    search = Search(empty_basis(first, size), jnp.array(0), blank, blank, blank[0], blank,
-                    jnp.array(0), jnp.array(False))
-    wanted = lambda s: ~s.done & (s.steps < max_steps)
+        basis = extended(multiply, s.basis, s.start, size, s.key)
+        values, vectors = _sorted_eigh(basis.coefficients, which)
+        return _assessed(s, basis, values, vectors, k, tolerance, max_steps)
+    like = jax.ShapeDtypeStruct((multiply.size,), multiply.dtype)
+    search = _begun(size, k, like, key)
     in_program = is_in_program((multiply, search))
-    return repeat_while(wanted, cycle, search, in_program=in_program, name="eigsh")
+    return repeat_while(lambda s: ~s.ended, cycle, search, in_program=in_program, name="eigsh")
+

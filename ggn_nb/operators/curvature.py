@@ -110,6 +110,13 @@ class Problem:
         if self.head_scales is None: return tree
         return jax.tree.map(scale_tree, self.head_scales, tree)
 
+    def pull_back(self, vjp: Callable, cotangent: Any) -> Any:
+        "factor · vjp of each head of `cotangent`, shaped like a prediction, times its scale"
+        cotangent = self.scale_heads(cotangent)
+        if any(u.dtype != wide_dtype(u.dtype) for u in jax.tree.leaves(cotangent)):
+            return scale_tree(self.factor, vjp(cotangent))
+        return vjp(scale_tree(self.factor, cotangent))
+
     def times_factor(self, total: Any) -> Any:
         "factor · total, a sum over all samples, in the dtypes of the parameters"
         return cast_like(scale_tree(self.factor, total), self.params)
@@ -198,7 +205,7 @@ class Curvature(Operator):
     @staticmethod
     @abstractmethod
     def product(problem: Problem, linearization: Any, samples: Samples, vec: Any) -> Any:
-        """The sum of the products over these samples, with their weights, without the factor.
+        """The sum of the products over these samples, with their weights, times the factor.
 
         Arguments:
 
@@ -334,11 +341,11 @@ def _linearize(operator: Curvature) -> Any:
 
 def _multiply(operator: Curvature, vec: Any) -> Any:
     "factor · Σ w A vec"
-    return operator.problem.times_factor(sum_products(operator, vec))
+    return cast_like(sum_products(operator, vec), operator.problem.params)
 
 # %% ../../nbs/operators/12_curvature.ipynb #c5a20001
 def sum_products(operator: Curvature, vec: Any) -> Any:
-    "Σ w A vec over all samples, in float32 or better; zero where all of them are masked"
+    "factor · Σ w A vec over all samples, in float32 or better; zero where all of them are masked"
     kind = type(operator)
     multiply = lambda problem, at, samples, vec, _: kind.product(problem, at, samples, vec)
     return sum_at_params(operator, multiply, widen(vec))

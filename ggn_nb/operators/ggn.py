@@ -87,12 +87,12 @@ class GGN(Curvature):
 
     @staticmethod
     def product(problem: Problem, linearization: tuple, samples: Samples, vec: Any) -> Any:
-        """Jᵀ H J vec."""
+        """factor · Jᵀ H J vec."""
         if way := _way(problem): return way.product(problem, linearization, samples, vec)
         pred, jvp = linearization
-        def times_hessian(jv):
-            return problem.scale_heads(_hessian_product(problem, jv, pred, samples))
-        return jax.linear_transpose(jvp, vec)(_stored(times_hessian)(jvp(vec)))[0]
+        times_hessian = _stored(lambda jv: _hessian_product(problem, jv, pred, samples))
+        vjp = lambda u: jax.linear_transpose(jvp, vec)(u)[0]
+        return problem.pull_back(vjp, times_hessian(jvp(vec)))
 
     @staticmethod
     def loss_term(problem: Problem, pred: Any, samples: Samples) -> Any:

@@ -19,7 +19,7 @@ from ggn_nb.operators.creation import (
     DataOptions, ProblemOptions, Unbound, create_operator, make_problem, takes_options,
 )
 from .curvature import Curvature, Problem
-from .operator import register_operator
+from .operator import register_operator, scale_tree
 from .samples import Samples
 from .streamed import Streamed
 from .streams import Stream
@@ -54,8 +54,8 @@ class Hessian(Curvature):
 
     @staticmethod
     def product(problem: Problem, linearization: Callable, samples: Samples, vec: Any) -> Any:
-        """∇²L vec."""
-        return linearization(vec)
+        """factor · ∇²L vec."""
+        return scale_tree(problem.factor, linearization(vec))
 
     @staticmethod
     def loss_term(problem: Problem, pred: Any, samples: Samples) -> Any:

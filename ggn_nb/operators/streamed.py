@@ -22,7 +22,9 @@ from ggn_nb.operators.curvature import (
 )
 from .layout import layout_of
 from .operator import Operator, structure_of
-from .samples import Samples, counting_samples, harmless_inputs, number_samples
+from ggn_nb.operators.samples import (
+    Samples, cast_like, counting_samples, harmless_inputs, number_samples,
+)
 from .streams import Stream, sum_over_batches
 from ..tools.functions import with_whole_functions
 from ..tools.programs import program
@@ -49,7 +51,7 @@ def placed(batch: Batch) -> Batch:
 
 @partial(program, static_argnums=(1,))
 def _batch_sum(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) -> Any:
-    "Σ w A vec over a batch; zero where none of its samples counts"
+    "factor · Σ w A vec over a batch; zero where none of its samples counts"
     operator = _on_batch(kind, problem, batch)
     return zero_where_none_counts(problem, operator.samples, sum_products(operator, vec))
 
@@ -57,11 +59,6 @@ def _batch_sum(batch: Batch, kind: type[Curvature], problem: Problem, vec: Any) 
 @partial(program, static_argnums=(1,))
 def _batch_sums(batch: Batch, kind: type[Curvature], problem: Problem, vecs: Any) -> Any:
     return jax.vmap(partial(_batch_sum, batch, kind, problem))(vecs)
-
-
-@program
-def _times_factor(problem: Problem, total: Any) -> Any:
-    return problem.times_factor(total)
 
 # %% ../../nbs/operators/13_streamed.ipynb #cb2e5863
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,7 +106,7 @@ class Streamed(Operator):
     def _sum(self, summand: Any, vecs: Any) -> Any:
         of_batch = lambda batch: summand(placed(batch), self.kind, self.problem, vecs)
         total = sum_over_batches(self.stream, of_batch, pad=self.problem.vmap_over_data)
-        return _times_factor(self.problem, total)
+        return cast_like(total, self.problem.params)
 
     def at(self, params: Any) -> "Streamed":
         """The same operator at other parameters, a tree like them; nothing is compiled."""
