@@ -41,22 +41,21 @@ _BYTES_AT_ONCE = 2**27
 
 
 @partial(program, static_argnums=(2, 3))
-def _quadrature(multiply: FlatProduct, keys: jax.Array, num_steps: int, at_once: int) -> Any:
-    "For each key; so many at once as their bases together have 128 MB"
+def _quadrature(multiply: FlatProduct, key: jax.Array, num_probes: int, num_steps: int) -> Any:
+    "By several vectors, so many at once as their bases together have 128 MB"
+    multiply = without_slopes("a quadrature", multiply)
+    size = multiply.size * multiply.dtype.itemsize * num_steps
     one = lambda key: nodes_and_weights(multiply, key, num_steps)
-    return jax.lax.map(one, keys, batch_size=at_once)
+    at_once = min(num_probes, max(1, _BYTES_AT_ONCE // size))
+    return jax.lax.map(one, jax.random.split(key, num_probes), batch_size=at_once)
 
 
 def quadrature(
     multiply: FlatProduct, key: jax.Array, num_probes: int, num_steps: int
 ) -> tuple[jax.Array, jax.Array]:  # (n, m), (n, m)
     "Nodes and weights by several vectors"
+    if multiply.operator.traceable: return _quadrature(multiply, key, num_probes, num_steps)
     keys = jax.random.split(key, num_probes)
-    if multiply.operator.traceable:
-        multiply = without_slopes("a quadrature", multiply)
-        size = multiply.size * multiply.dtype.itemsize * num_steps
-        at_once = min(num_probes, max(1, _BYTES_AT_ONCE // size))
-        return _quadrature(multiply, keys, num_steps, at_once)
     found = [nodes_and_weights(multiply, own, num_steps) for own in keys]
     return jax.tree.map(lambda *each: jnp.stack(each), *found)
 
