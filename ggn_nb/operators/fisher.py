@@ -236,7 +236,8 @@ class Fisher(GGN):
 
     - `problem`: model, parameters, what stands between Jᵀ and J as a loss, factor and policy.
     - `samples`: the data, as `Samples`.
-    - `linearization`: the prediction and v → J v; None: computed in each product.
+
+    `linearization` is the prediction and v → J v; None: computed in each product.
     """
 
     symbol: ClassVar[str] = "F"
@@ -249,7 +250,7 @@ class Fisher(GGN):
 
 
 def _outer_products_of_gradients(problem: Problem, samples: Samples) -> np.ndarray:
-    "factor · Σ w g gᵀ, with g the gradient of a sample's loss in the parameters, by `jax.grad`"
+    "factor · Σ w g gᵀ, with g the gradient of a sample's loss in θ, by `jax.grad`"
     flat, unravel = ravel_pytree(problem.params)
     def one(samples):
         def loss(p):
@@ -309,8 +310,8 @@ def create_fisher_mv_without_data(
       loss(pred, target).
     - `factor`: scalar that multiplies the sum over samples.
     - `kind`: "exact" (default): the loss's own Fisher information, for losses whose H is that.
-      "monte_carlo": the mean outer product of the score at `num_samples` targets drawn from the
-      model for each sample, whatever the data's. "empirical": that at the data's targets.
+      "monte_carlo": the mean outer product of the score at `num_samples` targets that the
+      model draws for each sample. "empirical": the outer product at the data's targets.
     - `key`: a JAX random key, for "monte_carlo" alone; sample i draws by `key` and its "index",
       whatever the batches, their order and the devices.
     - `num_samples`: targets drawn for each sample; 1 by default.
@@ -323,8 +324,8 @@ def create_fisher_mv_without_data(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 
@@ -365,13 +366,13 @@ def create_fisher_mv(
     - `params`: pytree of floating-point arrays, P numbers in all.
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
-      (integers, (N,)). Or a `Stream` of batches of that, which is read once already when the
-      operator is made: to look at every batch, and for a mean to add up the weights.
+      (integers, (N,)). Or a `Stream` of such batches, which is read once already when the
+      operator is made, to look at every batch and, for a mean, to add up the weights.
     - `loss_fn`: a negative log-likelihood: a name, a `Loss`, or for "empirical" also any function
       loss(pred, target).
     - `kind`: "exact" (default): the loss's own Fisher information, for losses whose H is that.
-      "monte_carlo": the mean outer product of the score at `num_samples` targets drawn from the
-      model for each sample, whatever the data's. "empirical": that at the data's targets.
+      "monte_carlo": the mean outer product of the score at `num_samples` targets that the
+      model draws for each sample. "empirical": the outer product at the data's targets.
     - `key`: a JAX random key, for "monte_carlo" alone; sample i draws by `key` and its "index",
       whatever the batches, their order and the devices.
     - `num_samples`: targets drawn for each sample; 1 by default.
@@ -384,8 +385,8 @@ def create_fisher_mv(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 

@@ -65,8 +65,8 @@ def _way(problem: Problem) -> Way | None:
 class GGN(Curvature):
     """The Generalized Gauss-Newton matrix of a model on data.
 
-    `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec. Made by `create_ggn_mv`; see `Operator` for what it can
-    do.
+    `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec. Made by `create_ggn_mv`; see `Operator` for what it
+    can do.
 
     Arguments:
 
@@ -192,8 +192,8 @@ def create_ggn_mv_without_data(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 
@@ -231,8 +231,8 @@ def create_ggn_mv(
     - `params`: pytree of floating-point arrays, P numbers in all.
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
-      (integers, (N,)). Or a `Stream` of batches of that, which is read once already when the
-      operator is made: to look at every batch, and for a mean to add up the weights.
+      (integers, (N,)). Or a `Stream` of such batches, which is read once already when the
+      operator is made, to look at every batch and, for a mean, to add up the weights.
     - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
       any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `loss_hessian_mv`: instead of `loss_fn`: a function (jv, pred=, target=) -> H jv.
@@ -245,8 +245,8 @@ def create_ggn_mv(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 

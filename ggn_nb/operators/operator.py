@@ -24,7 +24,7 @@ from ..tools.programs import program
 
 # %% ../../nbs/operators/00_operator.ipynb #9ec387bb
 def static_field(**options: Any) -> Any:
-    """A field of an operator that is static: hashable, compared, and compiled for.
+    """A static field of an operator: its value is hashable, and programs are compiled for it.
 
     Arguments:
 
@@ -197,8 +197,8 @@ class Operator(ABC):
 
         Raises:
 
-        - `ValueError`: another tree structure or shape.
-        - `TypeError`: another dtype.
+        - `ValueError`: where `vec` has another tree structure or shape.
+        - `TypeError`: where it has another dtype.
         """
         check_like(vec, self.structure, "vec", self.domain)
         if self.traceable: return product(*on_this_shard(self, vec))
@@ -223,8 +223,8 @@ class Operator(ABC):
 
         Raises:
 
-        - `ValueError`: no vectors, or another structure or shape.
-        - `TypeError`: another dtype.
+        - `ValueError`: where there are no vectors, or they have another structure or shape.
+        - `TypeError`: where they have another dtype.
         """
         check_vectors(vecs, self.structure, self.domain)
         size = check_size(vector_batch_size, "vector_batch_size") or vectors_at_once(self)
@@ -268,8 +268,8 @@ class Operator(ABC):
 
         Raises:
 
-        - `ValueError`: a negative or non-finite number, or a tree that does not fit.
-        - `TypeError`: no real number.
+        - `ValueError`: for a negative or non-finite number, or a tree that does not fit.
+        - `TypeError`: for what is no real number.
         """
         return Damped(self, _read_damping(damping, self.structure))
 
