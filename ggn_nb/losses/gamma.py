@@ -75,7 +75,7 @@ def gamma_fisher_deviation(
 
 # %% ../../nbs/losses/17_gamma.ipynb #d1fe66bb
 def gamma_sample(key: jax.Array, f: jax.Array, concentration: jax.Array) -> jax.Array:
-    "y ~ Gamma(a) · exp(f)/a, entry by entry; the smallest normal float where y is less"
+    "y ~ Gamma(a) · exp(f)/a, entry by entry; the smallest normal float where it underflows"
     g, e = gamma_factors(key, along_last(concentration, f.shape, "concentration"))
     half = jnp.exp((f - e) / 2)  # its square may be too small where y is not
     return jnp.clip(half * (g * half), jnp.finfo(f.dtype).tiny, jnp.finfo(f.dtype).max)

@@ -98,7 +98,7 @@ def student_t_deviation(
 
 # %% ../../nbs/losses/18_student_t.ipynb #bc1a6168
 def student_t_sample(key: jax.Array, f: jax.Array, df: jax.Array, scale: jax.Array) -> jax.Array:
-    "y = f + σ t with ν degrees of freedom, entry by entry; the largest float where y is larger"
+    "y = f + σ t with ν degrees of freedom, entry by entry; the largest float where it overflows"
     noise_key, width_key = jax.random.split(key)
     g, e = gamma_factors(width_key, along_last(df, f.shape, "df") / 2)
     normal, half = jax.random.normal(noise_key, f.shape, f.dtype), jnp.exp(e / 4)

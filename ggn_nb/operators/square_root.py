@@ -471,8 +471,8 @@ def square_root(G: Operator) -> SquareRoot:
 
     - `TypeError`: where `G` is no `GGN` or `Fisher` on data in memory.
     - `ValueError`: for a negative factor; or for a loss without a square root whose Hessian is
-      indefinite or joins more than 4,096 numbers. Under `jax.jit` the numbers are not known: products are NaN
-      instead, and each call of such a loss counts as one position.
+      indefinite or joins more than 4,096 numbers. Under `jax.jit` the numbers are not known:
+      products are NaN instead, and each call of such a loss counts as one position.
 
     Example:
 
