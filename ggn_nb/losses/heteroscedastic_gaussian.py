@@ -140,7 +140,7 @@ def heteroscedastic_gaussian(
     Raises:
 
     - `ValueError`: for an unknown curvature, and in the methods where the axis has not size two.
-    - `TypeError`: `axis` is no whole number.
+    - `TypeError`: where `axis` is no whole number.
 
     Example:
 

@@ -144,7 +144,7 @@ class MultiHeadLoss(Loss):
         return self._scaled(method, pred, target, weight, mask, vectors)
 
     def column_structure(self, pred, target=None) -> Any:
-        "That of each head"
+        "The structure of each head's columns"
         each = each_head(self.losses, pred, target, None, None)
         return self._tree([loss.column_structure(f, y) for loss, f, y, _, _ in each])
 
@@ -171,7 +171,7 @@ class MultiHeadLoss(Loss):
         return found
 
     def counted(self, pred, target=None, *, mask=None) -> Any:
-        "What counts in each head"
+        "The positions that count in each head"
         each = each_head(self.losses, pred, target, None, mask)
         return self._tree([loss.counted(f, y, mask=m) for loss, f, y, _, m in each])
 
@@ -214,7 +214,7 @@ def multi_head(losses: Any, weights: Any = None) -> MultiHeadLoss:
     """The loss of a prediction with several heads, Σ_k c_k ℓ_k.
 
     H is block-diagonal, with blocks c_k H_k. It is the Fisher information where each H_k is and all
-    c_k are 1. With `reduction="mean"` each head has a mean of its own.
+    c_k are 1. With `reduction="mean"` each head has its own mean.
 
     Arguments:
 

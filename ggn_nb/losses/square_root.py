@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
     @property
     def dtype(self) -> jnp.dtype:
-        "That of the rows: float32 or better"
+        "The dtype of the rows: float32 or better"
         return working_dtype(*(leaf.dtype for leaf in jax.tree.leaves(self.like)))
 
     def read(self, tree: Any) -> jax.Array:
@@ -132,7 +132,7 @@ def _leak(product: Any, rows: Rows) -> tuple[jax.Array, jax.Array]:
 
 # %% ../../nbs/losses/06_square_root.ipynb #5a00000b
 class Inspection(NamedTuple):
-    "What is found out about H at one call; scalars"
+    "What is found out about H at one call, as scalars"
     leak: jax.Array  # the largest entry of H v at a position where v is zero
     scale: jax.Array  # the largest entry of these H v
     smallest: jax.Array  # eigenvalue

@@ -90,7 +90,7 @@ class Scores(Loss):
         return jax.ShapeDtypeStruct((*lead, self.num_samples), dtype)
 
     def weight_sum(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
-        "That of the loss"
+        "The sum of the weights, as of the loss"
         return self.loss.weight_sum(pred, target, weight=weight, mask=mask)
 
     def _with_scores(self, fn, vec, pred, target, weight=None, mask=None, index=None, **kwargs):
@@ -114,7 +114,7 @@ class ScoreProducts(Scores):
         return jax.tree.map(lambda leaf: leaf[None], g)
 
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict:
-        "Those of the loss and its gradient"
+        "The faults of the loss and of its gradient"
         return self.loss.faults(pred, target, weight=weight, mask=mask, reads_target=True)
 
 # %% ../../nbs/operators/22_fisher.ipynb #5fcbd68f
@@ -162,11 +162,11 @@ class _SampledScoreProducts(Scores):
         return jax.vmap(score)(keys)
 
     def weight_sum(self, pred, target=None, **given) -> Any:
-        "That of the loss, which may want a target where there is none"
+        "The sum of the loss's weights, which may want a target where there is none"
         return super().weight_sum(pred, self._with_draws(pred, target), **given)
 
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict:
-        "Those of the loss; nothing is wrong with a target that is not there"
+        "The faults of the loss; nothing is wrong with a target that is not there"
         target, missing = self._with_draws(pred, target), _is_missing(target)
         found = self.loss.faults(pred, target, weight=weight, mask=mask)
         if not missing: return found
@@ -266,7 +266,7 @@ def _outer_products_of_gradients(problem: Problem, samples: Samples) -> np.ndarr
 def _loss_in_the_middle(
     loss_fn: Any, kind: Any, key: Any, num_samples: Any, whole_batch: bool
 ) -> Loss:
-    "What stands between Jᵀ and J"
+    "The loss whose H stands between Jᵀ and J"
     if kind not in ("exact", "monte_carlo", "empirical"):
         raise ValueError(f"kind: got {kind!r}, expected 'exact', 'monte_carlo' or 'empirical'")
     loss, num_samples = create_loss(loss_fn), check_size(num_samples, "num_samples") or 1
@@ -299,7 +299,7 @@ def create_fisher_mv_without_data(
 ) -> Unbound:
     """Create the product `mv(vec, data)` with a Fisher matrix.
 
-    The linearisation is computed anew in each call; `mv.bind(data)` gives the operator on its data.
+    The linearisation is computed anew in each call; `mv.bind(data)` is the operator on its data.
 
     Arguments:
 
@@ -406,7 +406,7 @@ def create_fisher_mv(
 
 
 def _check_mean_of_heads(kind: str, loss: Loss, reduction: str) -> None:
-    "Raise where a mean is asked for of what has none: one score of several heads"
+    "Raise where a mean is asked for, and one score of several heads has none"
     if reduction == "mean" and kind != "exact" and isinstance(loss.loss, MultiHeadLoss):
         raise ValueError(f"reduction: got 'mean', expected 'sum' for kind={kind!r} with several "
                          "heads: a score of all heads has no one mean")

@@ -43,7 +43,7 @@ def _stored(
 
 # %% ../../nbs/operators/20_ggn.ipynb #20a60002
 class Way(NamedTuple):
-    "What is stored in the place of the prediction and v -> J v, and the product from that"
+    "What is stored instead of the prediction and v -> J v, and the product computed from it"
     linearize: Callable  # (problem, samples) -> pytree
     product: Callable  # (problem, what that returned, samples, vec) -> like vec
 
@@ -172,7 +172,7 @@ def create_ggn_mv_without_data(
     """Create the product `mv(vec, data)` with the Generalized Gauss-Newton matrix.
 
     mv(vec, data) = factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec over the samples of `data`. The linearisation is
-    computed anew in each call; `mv.bind(data)` gives the operator on its data.
+    computed anew in each call; `mv.bind(data)` is the operator on its data.
 
     Arguments:
 

@@ -81,7 +81,7 @@ def create_hessian_mv_without_data(
     """Create the product `mv(vec, data)` with the Hessian of the loss.
 
     mv(vec, data) = factor · Σᵢ ∇²ℓ(f(xᵢ, θ), yᵢ) vec over the samples of `data`. The linearisation
-    is computed anew in each call; `mv.bind(data)` gives the operator on its data.
+    is computed anew in each call; `mv.bind(data)` is the operator on its data.
 
     Arguments:
 

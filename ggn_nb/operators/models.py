@@ -75,7 +75,7 @@ def _as_lambda(fn: Any) -> str:
 
 
 def _renamed(names: list[str]) -> list[str]:
-    "What to give for arguments of these names; of two, the parameters mostly come first"
+    "What to pass for arguments of these names; of two, the parameters mostly come first"
     is_input = [name.startswith(("x", "in")) for name in names]
     if len(names) == 2: return ["input", "params"] if is_input[0] else ["params", "input"]
     known = {"rng": "None"}  # of Haiku: a model without dropout needs none

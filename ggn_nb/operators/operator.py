@@ -108,10 +108,10 @@ class Operator(ABC):
     """
 
     symbol: ClassVar[str] = "A"
-    """What reports call it."""
+    """What reports call the operator."""
 
     definition: ClassVar[str] = "its definition"
-    """What reports call `dense_oracle`."""
+    """What reports call the definition that `dense_oracle` computes."""
 
     domain: ClassVar[str] = "params"
     """What error messages call the tree that vectors are like."""
@@ -280,7 +280,7 @@ def product(operator: Operator, vec: Any) -> Any:
 
 
 def on_this_shard(operator: Operator, vec: Any = None) -> tuple[Operator, Any]:
-    "Both, as one device has them where the caller maps by `jax.shard_map`; elsewhere as they are"
+    "Operator and vector, as one device has them where the caller maps by `jax.shard_map`"
     if not jax.sharding.get_abstract_mesh().manual_axes: return operator, vec
     axes = varying_axes((operator, vec))
     return operator._in_shard_map(axes), vary_over(axes, vec)

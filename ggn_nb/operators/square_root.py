@@ -77,7 +77,7 @@ def _has_root(loss: Loss, pred: Any, target: Any, given: dict) -> bool:
 
 
 def _keywords(loss: Loss, weight: Any, mask: Any, index: Any) -> dict:
-    "Those of a method of the loss"
+    "The keywords of a method of the loss"
     return {"weight": weight, "mask": mask} | ({"index": index} if loss.indexed else {})
 
 
@@ -87,7 +87,7 @@ def _heads_like(losses: Any, heads: list) -> Any:
 
 
 def _with_roots(loss: Loss, by_position: bool, pred, target, weight, mask, index) -> Loss:
-    "`loss`, with S from the eigenvalues of H for each head that has no S of its own"
+    "`loss`, with S from the eigenvalues of H for each head that brings no S"
     if isinstance(loss, MultiHeadLoss):
         each = each_head(loss.losses, pred, target, weight, mask)
         heads = [_with_roots(head, by_position, *rest, index) for head, *rest in each]
@@ -112,7 +112,7 @@ def _replaced(loss: Loss, heads: list[RootFromHessian]) -> Loss:
 
 
 def _inspections(loss: Loss, pred, target, weight, mask, index) -> list[Inspection]:
-    "What these heads find out about their H at one call"
+    "What heads with a root from eigenvalues find out about their H at one call"
     if isinstance(loss, MultiHeadLoss):
         each = each_head(loss.losses, pred, target, weight, mask)
         return [found for head, *rest in each for found in _inspections(head, *rest, index)]
@@ -309,7 +309,7 @@ class SquareRoot(_Rectangular):
 
         Raises:
 
-        - `ValueError`, `TypeError`: another tree structure or shape; another dtype.
+        - `ValueError`, `TypeError`: where `u` has another tree structure, shape or dtype.
         """
         check_like(u, self.structure, "u", "A.structure")
         return _apply(*on_this_shard(self, u))
@@ -522,7 +522,7 @@ def loss_columns(
 
 
 def _columns(loss, signed, pred, target, weight, mask, index) -> tuple[Any, jax.Array | None]:
-    "Those of a loss, or of all its heads"
+    "The columns and signs of a loss, or of all its heads"
     given = _keywords(loss, weight, mask, index)
     if not signed or not _from_hessian(loss): return _unit_columns(loss, pred, target, given), None
     if _is_from_hessian(loss): return loss.signed_columns(pred, target, **given)
