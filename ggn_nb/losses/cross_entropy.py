@@ -222,7 +222,7 @@ def cross_entropy_sample(
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ef50c503
 def _smoothing(value) -> jax.Array | None:
-    "The option `label_smoothing`; none at all is None"
+    "The option `label_smoothing`; None where there is no smoothing"
     value = as_option(value, "label_smoothing", positive=False, optional=True, single=True)
     if value is None: return None
     known = on_host(value)

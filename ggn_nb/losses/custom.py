@@ -140,7 +140,7 @@ _FUNCTIONS = ["loss_fn", "square_root", "square_root_transpose", "sampler"]
 class CustomLoss(Loss):
     """A function as a loss, differentiated by JAX.
 
-    `create_loss` makes it of any function; make it by hand where you know a square root of its
+    `create_loss` makes one from any function; make one yourself where you know a square root of its
     Hessian or a sampler. The loss is the sum of the entries that the function returns, and those
     are its positions. It is a pytree, whose leaves are the arrays that the function carries.
 
@@ -235,7 +235,7 @@ class CustomLoss(Loss):
 
     def faults(self, pred, target=None, *, weight=None, mask=None,
                reads_target=False) -> dict[str, jax.Array]:
-        "What is wrong with the numbers in weight; a custom loss judges its targets itself"
+        "What may be wrong with the numbers in weight; a custom loss judges its targets itself"
         return weight_faults(weight)
 
     def _read(self, pred, target, weight, mask) -> tuple:
@@ -279,5 +279,5 @@ class HessianOnly(Loss):
 
     def faults(self, pred, target=None, *, weight=None, mask=None,
                reads_target=False) -> dict[str, jax.Array]:
-        "What is wrong with the numbers in weight"
+        "What may be wrong with the numbers in weight"
         return weight_faults(weight)

@@ -27,7 +27,7 @@ from .poisson import log_factorial_excess
 
 # %% ../../nbs/losses/17_gamma.ipynb #5e38534e
 def _ratio(f, y, concentration) -> tuple[jax.Array, jax.Array]:
-    "a for each entry, and x = a y exp(−f), a number wherever it fits into one"
+    "a for each entry, and x = a y exp(−f), finite wherever it fits into a float"
     a = along_last(concentration, f.shape, "concentration")
     half = jnp.exp(-f / 2)
     return a, a * (y * half * half)
@@ -75,7 +75,7 @@ def gamma_fisher_deviation(
 
 # %% ../../nbs/losses/17_gamma.ipynb #d1fe66bb
 def gamma_sample(key: jax.Array, f: jax.Array, concentration: jax.Array) -> jax.Array:
-    "y ~ Gamma(a) · exp(f)/a, entry by entry; the next float > 0 where it is none"
+    "y ~ Gamma(a) · exp(f)/a, entry by entry; the smallest normal float where it underflows"
     g, e = gamma_factors(key, along_last(concentration, f.shape, "concentration"))
     half = jnp.exp((f - e) / 2)  # its square may be too small where y is not
     return jnp.clip(half * (g * half), jnp.finfo(f.dtype).tiny, jnp.finfo(f.dtype).max)

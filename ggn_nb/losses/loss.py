@@ -38,9 +38,9 @@ class Loss(ABC):
     """What every loss can do: the abstract base class of all losses.
 
     A loss is a pytree whose leaves are its options, so it may be an argument of a compiled program.
-    A subclass writes `hessian_mv`, `weight_sum` and `faults`, and of the other methods those it
-    has: they raise `ValueError` until written, but for `counted`, which returns the mask,
-    `column_structure`, which is that of the prediction, and `total`, which needs `value` only.
+    A subclass writes `hessian_mv`, `weight_sum` and `faults`, and those of the other methods that
+    it has. The others raise `ValueError`, with three exceptions: `counted` returns the mask,
+    `column_structure` is that of the prediction, and `total` needs `value` only.
 
     Arguments of the methods:
 
@@ -50,8 +50,8 @@ class Loss(ABC):
       The loss applies it: values, gradients and H are multiplied by it, S by its square root.
     - `mask`: truth values of such a shape; where it is false, every result is exactly zero.
 
-    A target that is given is checked by every method, by its shape and, where its numbers are
-    known, by its domain; also where only other methods need it. Under `jax.jit` the results that
+    A method that reads the target checks its shape and, where its numbers are known, its domain;
+    `faults` checks a target that no other method needs, too. Under `jax.jit` the results that
     depend on a target outside of the domain are NaN at its position.
 
     The flags `is_hessian`, `is_fisher` and `indexed` say what H is and whether it takes `index`;
@@ -59,8 +59,8 @@ class Loss(ABC):
 
     Raises:
 
-    - `TypeError`, `ValueError`: by the argument's name, where shapes or dtypes do not fit, or
-      numbers, which are known outside of `jax.jit` only.
+    - `TypeError`, `ValueError`: where shapes, dtypes or, outside of `jax.jit`, numbers do not fit;
+      the message names the argument.
 
     Example:
 
@@ -88,7 +88,7 @@ class Loss(ABC):
     def faults(self, pred: Any, target: Any = None, *,
                weight: Any = None, mask: Any = None,
                reads_target: bool = False) -> dict[str, jax.Array]:
-        """What is wrong with the numbers in weight and target: message -> truth value.
+        """What may be wrong with the numbers in weight and target: message -> is it so?
 
         With `reads_target`, a target must be given, as `value` and `gradient` need it.
         """

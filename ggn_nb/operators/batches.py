@@ -154,7 +154,7 @@ def masked_samples(
 
 
 def _join_counted(counted, mask) -> jax.Array:
-    "What of `mask`, or of everything if it is None, is in rows that count"
+    "`mask`, or true if it is None, in the rows that count; false in the others"
     if mask is None: return counted
     if mask.shape[:1] != counted.shape:
         raise ValueError(f"data['mask']: got shape {mask.shape}, expected {counted.size} rows")

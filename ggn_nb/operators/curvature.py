@@ -72,9 +72,11 @@ class Problem:
     @property
     def samples_at_once(self) -> int | None:
         "How many samples each device takes at once; None: all"
-        if self.batch_size is None: return _IN_HALF_PRECISION if self._adds_in_half else None
+        most = _IN_HALF_PRECISION if self._adds_in_half else None
+        if self.batch_size is None: return most
         num_devices = self.layout.num_devices if self.layout else 1
-        return max(1, self.batch_size // num_devices)
+        wanted = max(1, self.batch_size // num_devices)
+        return wanted if most is None else min(wanted, most)
 
     @property
     def _adds_in_half(self) -> bool:
@@ -109,13 +111,6 @@ class Problem:
         "Each head of `tree`, shaped like a prediction, times its scale, in its own dtype"
         if self.head_scales is None: return tree
         return jax.tree.map(scale_tree, self.head_scales, tree)
-
-    def pull_back(self, vjp: Callable, cotangent: Any) -> Any:
-        "factor · vjp of each head of `cotangent`, shaped like a prediction, times its scale"
-        cotangent = self.scale_heads(cotangent)
-        if any(u.dtype != wide_dtype(u.dtype) for u in jax.tree.leaves(cotangent)):
-            return scale_tree(self.factor, vjp(cotangent))
-        return vjp(scale_tree(self.factor, cotangent))
 
     def times_factor(self, total: Any) -> Any:
         "factor · total, a sum over all samples, in the dtypes of the parameters"
@@ -219,7 +214,7 @@ class Curvature(Operator):
     @staticmethod
     @abstractmethod
     def loss_term(problem: Problem, pred: Any, samples: Samples) -> Any:
-        """What the matrix takes of the loss at a prediction; raises where the two do not fit.
+        """The part of the loss that the matrix reads at a prediction; raises where they do not fit.
 
         Returns:
 
@@ -283,13 +278,13 @@ class Curvature(Operator):
 
         Raises:
 
-        - `ValueError`, `TypeError`: the tree's structure, a shape or a dtype is another.
+        - `ValueError`, `TypeError`: where the tree's structure, a shape or a dtype is another.
         """
         moved = replace(self, problem=self.problem.at(params))
         return moved if self.linearization is None else moved.linearized()
 
     def _in_shard_map(self, axes: frozenset[str]) -> "Curvature":
-        "The same; what is stored is left out where it was computed for another set of axes"
+        "The operator for one device; what was stored for another set of axes is left out"
         problem, known = self.problem, varying_axes((self.problem, self.samples))
         fits = not problem.layout.axes and axes <= known
         local = replace(self, problem=replace(problem, layout=problem.layout.in_shard_map()))
@@ -302,7 +297,7 @@ class Curvature(Operator):
         return operator
 
     def __reduce__(self) -> tuple:
-        "How `pickle` and `copy` make it anew: what is stored is left out, and computed again"
+        "How `pickle` and `copy` make the operator anew: what is stored is computed again"
         made_of = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
         return _made_anew, (type(self), made_of, self.linearization is not None)
 
@@ -401,7 +396,7 @@ def _at_params(operator, fn, over_chunks, on_devices, vec, rows) -> Any:
 def inspect_samples(
     kind: type[Curvature], problem: Problem, samples: Samples, weigh: bool
 ) -> tuple:  # message -> how often; the sum of the weights for each head, if `weigh`
-    "What is wrong with the numbers and, if asked for, the sum of the weights"
+    "What may be wrong with the numbers and, if asked for, the sum of the weights"
     look = lambda problem, samples: _inspect_chunk(kind, problem, samples, weigh)
     return sum_over_samples(problem, look, problem, samples)
 

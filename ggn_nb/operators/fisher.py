@@ -90,7 +90,7 @@ class Scores(Loss):
         return jax.ShapeDtypeStruct((*lead, self.num_samples), dtype)
 
     def weight_sum(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> Any:
-        "That of the loss"
+        "The sum of the weights, as of the loss"
         return self.loss.weight_sum(pred, target, weight=weight, mask=mask)
 
     def _with_scores(self, fn, vec, pred, target, weight=None, mask=None, index=None, **kwargs):
@@ -114,7 +114,7 @@ class ScoreProducts(Scores):
         return jax.tree.map(lambda leaf: leaf[None], g)
 
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict:
-        "Those of the loss and its gradient"
+        "The faults of the loss and of its gradient"
         return self.loss.faults(pred, target, weight=weight, mask=mask, reads_target=True)
 
 # %% ../../nbs/operators/22_fisher.ipynb #5fcbd68f
@@ -162,11 +162,11 @@ class _SampledScoreProducts(Scores):
         return jax.vmap(score)(keys)
 
     def weight_sum(self, pred, target=None, **given) -> Any:
-        "That of the loss, which may want a target where there is none"
+        "The sum of the loss's weights, which may want a target where there is none"
         return super().weight_sum(pred, self._with_draws(pred, target), **given)
 
     def faults(self, pred, target=None, *, weight=None, mask=None, **kwargs) -> dict:
-        "Those of the loss; nothing is wrong with a target that is not there"
+        "The faults of the loss; nothing is wrong with a target that is not there"
         target, missing = self._with_draws(pred, target), _is_missing(target)
         found = self.loss.faults(pred, target, weight=weight, mask=mask)
         if not missing: return found
@@ -236,7 +236,8 @@ class Fisher(GGN):
 
     - `problem`: model, parameters, what stands between Jᵀ and J as a loss, factor and policy.
     - `samples`: the data, as `Samples`.
-    - `linearization`: the prediction and v → J v; None: computed in each product.
+
+    `linearization` is the prediction and v → J v; None: computed in each product.
     """
 
     symbol: ClassVar[str] = "F"
@@ -249,7 +250,7 @@ class Fisher(GGN):
 
 
 def _outer_products_of_gradients(problem: Problem, samples: Samples) -> np.ndarray:
-    "factor · Σ w g gᵀ, with g the gradient of a sample's loss in the parameters, by `jax.grad`"
+    "factor · Σ w g gᵀ, with g the gradient of a sample's loss in θ, by `jax.grad`"
     flat, unravel = ravel_pytree(problem.params)
     def one(samples):
         def loss(p):
@@ -265,7 +266,7 @@ def _outer_products_of_gradients(problem: Problem, samples: Samples) -> np.ndarr
 def _loss_in_the_middle(
     loss_fn: Any, kind: Any, key: Any, num_samples: Any, whole_batch: bool
 ) -> Loss:
-    "What stands between Jᵀ and J"
+    "The loss whose H stands between Jᵀ and J"
     if kind not in ("exact", "monte_carlo", "empirical"):
         raise ValueError(f"kind: got {kind!r}, expected 'exact', 'monte_carlo' or 'empirical'")
     loss, num_samples = create_loss(loss_fn), check_size(num_samples, "num_samples") or 1
@@ -298,7 +299,7 @@ def create_fisher_mv_without_data(
 ) -> Unbound:
     """Create the product `mv(vec, data)` with a Fisher matrix.
 
-    The linearisation is computed anew in each call; `mv.bind(data)` gives the operator on its data.
+    The linearisation is computed anew in each call; `mv.bind(data)` is the operator on its data.
 
     Arguments:
 
@@ -309,8 +310,8 @@ def create_fisher_mv_without_data(
       loss(pred, target).
     - `factor`: scalar that multiplies the sum over samples.
     - `kind`: "exact" (default): the loss's own Fisher information, for losses whose H is that.
-      "monte_carlo": the mean outer product of the score at `num_samples` targets drawn from the
-      model for each sample, whatever the data's. "empirical": that at the data's targets.
+      "monte_carlo": the mean outer product of the score at `num_samples` targets that the
+      model draws for each sample. "empirical": the outer product at the data's targets.
     - `key`: a JAX random key, for "monte_carlo" alone; sample i draws by `key` and its "index",
       whatever the batches, their order and the devices.
     - `num_samples`: targets drawn for each sample; 1 by default.
@@ -323,8 +324,8 @@ def create_fisher_mv_without_data(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 
@@ -365,13 +366,13 @@ def create_fisher_mv(
     - `params`: pytree of floating-point arrays, P numbers in all.
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
-      (integers, (N,)). Or a `Stream` of batches of that, which is read once already when the
-      operator is made: to look at every batch, and for a mean to add up the weights.
+      (integers, (N,)). Or a `Stream` of such batches, which is read once already when the
+      operator is made, to look at every batch and, for a mean, to add up the weights.
     - `loss_fn`: a negative log-likelihood: a name, a `Loss`, or for "empirical" also any function
       loss(pred, target).
     - `kind`: "exact" (default): the loss's own Fisher information, for losses whose H is that.
-      "monte_carlo": the mean outer product of the score at `num_samples` targets drawn from the
-      model for each sample, whatever the data's. "empirical": that at the data's targets.
+      "monte_carlo": the mean outer product of the score at `num_samples` targets that the
+      model draws for each sample. "empirical": the outer product at the data's targets.
     - `key`: a JAX random key, for "monte_carlo" alone; sample i draws by `key` and its "index",
       whatever the batches, their order and the devices.
     - `num_samples`: targets drawn for each sample; 1 by default.
@@ -384,8 +385,8 @@ def create_fisher_mv(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 
@@ -405,7 +406,7 @@ def create_fisher_mv(
 
 
 def _check_mean_of_heads(kind: str, loss: Loss, reduction: str) -> None:
-    "Raise where a mean is asked for of what has none: one score of several heads"
+    "Raise where a mean is asked for, and one score of several heads has none"
     if reduction == "mean" and kind != "exact" and isinstance(loss.loss, MultiHeadLoss):
         raise ValueError(f"reduction: got 'mean', expected 'sum' for kind={kind!r} with several "
                          "heads: a score of all heads has no one mean")

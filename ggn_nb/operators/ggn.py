@@ -22,8 +22,8 @@ from ggn_nb.operators.creation import (
     DataOptions, ProblemOptions, Unbound, create_operator, make_problem, takes_options,
 )
 from .curvature import Curvature, Problem
-from .operator import register_operator
-from .samples import Samples
+from .operator import register_operator, scale_tree
+from .samples import Samples, wide_dtype
 from .streamed import Streamed
 from .streams import Stream
 from ..tools.checks import check_like
@@ -43,7 +43,7 @@ def _stored(
 
 # %% ../../nbs/operators/20_ggn.ipynb #20a60002
 class Way(NamedTuple):
-    "What is stored in the place of the prediction and v -> J v, and the product from that"
+    "What is stored instead of the prediction and v -> J v, and the product computed from it"
     linearize: Callable  # (problem, samples) -> pytree
     product: Callable  # (problem, what that returned, samples, vec) -> like vec
 
@@ -65,8 +65,8 @@ def _way(problem: Problem) -> Way | None:
 class GGN(Curvature):
     """The Generalized Gauss-Newton matrix of a model on data.
 
-    `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec. Made by `create_ggn_mv`; see `Operator` for what it can
-    do.
+    `G(vec)` is factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec. Made by `create_ggn_mv`; see `Operator` for what it
+    can do.
 
     Arguments:
 
@@ -90,9 +90,12 @@ class GGN(Curvature):
         """factor · Jᵀ H J vec."""
         if way := _way(problem): return way.product(problem, linearization, samples, vec)
         pred, jvp = linearization
-        times_hessian = _stored(lambda jv: _hessian_product(problem, jv, pred, samples))
-        vjp = lambda u: jax.linear_transpose(jvp, vec)(u)[0]
-        return problem.pull_back(vjp, times_hessian(jvp(vec)))
+        is_wide = all(f.dtype == wide_dtype(f.dtype) for f in jax.tree.leaves(pred))
+        def times_hessian(jv):
+            hjv = problem.scale_heads(_hessian_product(problem, jv, pred, samples))
+            return scale_tree(problem.factor, hjv) if is_wide else hjv
+        total = jax.linear_transpose(jvp, vec)(_stored(times_hessian)(jvp(vec)))[0]
+        return total if is_wide else scale_tree(problem.factor, total)
 
     @staticmethod
     def loss_term(problem: Problem, pred: Any, samples: Samples) -> Any:
@@ -172,7 +175,7 @@ def create_ggn_mv_without_data(
     """Create the product `mv(vec, data)` with the Generalized Gauss-Newton matrix.
 
     mv(vec, data) = factor · Σᵢ Jᵢᵀ Hᵢ Jᵢ vec over the samples of `data`. The linearisation is
-    computed anew in each call; `mv.bind(data)` gives the operator on its data.
+    computed anew in each call; `mv.bind(data)` is the operator on its data.
 
     Arguments:
 
@@ -192,8 +195,8 @@ def create_ggn_mv_without_data(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 
@@ -231,8 +234,8 @@ def create_ggn_mv(
     - `params`: pytree of floating-point arrays, P numbers in all.
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
-      (integers, (N,)). Or a `Stream` of batches of that, which is read once already when the
-      operator is made: to look at every batch, and for a mean to add up the weights.
+      (integers, (N,)). Or a `Stream` of such batches, which is read once already when the
+      operator is made, to look at every batch and, for a mean, to add up the weights.
     - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
       any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `loss_hessian_mv`: instead of `loss_fn`: a function (jv, pred=, target=) -> H jv.
@@ -245,8 +248,8 @@ def create_ggn_mv(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 

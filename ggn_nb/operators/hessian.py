@@ -81,7 +81,7 @@ def create_hessian_mv_without_data(
     """Create the product `mv(vec, data)` with the Hessian of the loss.
 
     mv(vec, data) = factor · Σᵢ ∇²ℓ(f(xᵢ, θ), yᵢ) vec over the samples of `data`. The linearisation
-    is computed anew in each call; `mv.bind(data)` gives the operator on its data.
+    is computed anew in each call; `mv.bind(data)` is the operator on its data.
 
     Arguments:
 
@@ -100,8 +100,8 @@ def create_hessian_mv_without_data(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 
@@ -126,8 +126,8 @@ def create_hessian_mv(
 ) -> Hessian | Streamed:
     """Create the product `H(vec)` with the Hessian of the loss of a model on data.
 
-    H(vec) = factor · Σᵢ ∇²ℓ(f(xᵢ, θ), yᵢ) vec, with the second derivative in the parameters θ
-    (Pearlmutter 1994). factor = num_total_samples / num_curv_samples.
+    H(vec) = factor · Σᵢ ∇²ℓ(f(xᵢ, θ), yᵢ) vec, where ∇² is the second derivative with respect to
+    θ (Pearlmutter 1994). factor = num_total_samples / num_curv_samples.
 
     Arguments:
 
@@ -136,8 +136,8 @@ def create_hessian_mv(
     - `params`: pytree of floating-point arrays, P numbers in all.
     - `data`: {"input": pytree, "target": pytree}, leaves of shape (N, ...); where wanted with
       "weight" (numbers ≥ 0) and "mask" (bool), of shape (N,) or (N, ...) for positions, and "index"
-      (integers, (N,)). Or a `Stream` of batches of that, which is read once already when the
-      operator is made: to look at every batch, and for a mean to add up the weights.
+      (integers, (N,)). Or a `Stream` of such batches, which is read once already when the
+      operator is made, to look at every batch and, for a mean, to add up the weights.
     - `loss_fn`: the name of a loss ("mse", "cross_entropy", ...), a `Loss` from `create_loss`, or
       any function loss(pred, target), whose entries are summed and which JAX differentiates.
     - `**options`: the keywords of `DataOptions`.
@@ -149,8 +149,8 @@ def create_hessian_mv(
 
     Raises:
 
-    - `ValueError`, `TypeError`: before anything is computed, by the argument's name: what came and
-      what was expected.
+    - `ValueError`, `TypeError`: before anything is computed, where an argument does not fit; the
+      message names it, and says what came and what was expected.
 
     Example:
 

@@ -37,7 +37,7 @@ class Layout:
         return prod(self.mesh.shape[axis] for axis in self.axes)
 
     def in_shard_map(self) -> "Layout":
-        "That of one device's part, in a function that the caller maps by `jax.shard_map`"
+        "The layout of one device's part, in a function that the caller maps by `jax.shard_map`"
         return Layout((None,) * len(self.params))
 
     def like_params(self, tree: Any, leading_axes: int = 0) -> Any:
@@ -81,7 +81,7 @@ class Layout:
 
 # %% ../../nbs/operators/11_layout.ipynb #4d58d8bd
 def _sharding(leaf: Any) -> NamedSharding | None:
-    "That of an array on a mesh; None for all else, and under `jit`, where it is not known"
+    "The sharding of an array on a mesh; None for all else, and under `jit`, where it is unknown"
     known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     on_mesh = known and isinstance(leaf.sharding, NamedSharding)
     return leaf.sharding if on_mesh else None

@@ -36,7 +36,7 @@ class LinearFunction:
     structure: PyTreeDef  # of the result
 
     def __call__(self, vec: Any) -> Any:
-        "Its value"
+        "The value at a vector"
         program = jaxpr_as_fun(ClosedJaxpr(self.program, self.stored))
         return self.structure.unflatten(program(*jax.tree.leaves(vec)))
 

@@ -24,7 +24,7 @@ from ..tools.programs import program
 
 # %% ../../nbs/operators/00_operator.ipynb #9ec387bb
 def static_field(**options: Any) -> Any:
-    """A field of an operator that is static: hashable, compared, and compiled for.
+    """A static field of an operator: its value is hashable, and programs are compiled for it.
 
     Arguments:
 
@@ -108,10 +108,10 @@ class Operator(ABC):
     """
 
     symbol: ClassVar[str] = "A"
-    """What reports call it."""
+    """What reports call the operator."""
 
     definition: ClassVar[str] = "its definition"
-    """What reports call `dense_oracle`."""
+    """What reports call the definition that `dense_oracle` computes."""
 
     domain: ClassVar[str] = "params"
     """What error messages call the tree that vectors are like."""
@@ -197,8 +197,8 @@ class Operator(ABC):
 
         Raises:
 
-        - `ValueError`: another tree structure or shape.
-        - `TypeError`: another dtype.
+        - `ValueError`: where `vec` has another tree structure or shape.
+        - `TypeError`: where it has another dtype.
         """
         check_like(vec, self.structure, "vec", self.domain)
         if self.traceable: return product(*on_this_shard(self, vec))
@@ -223,8 +223,8 @@ class Operator(ABC):
 
         Raises:
 
-        - `ValueError`: no vectors, or another structure or shape.
-        - `TypeError`: another dtype.
+        - `ValueError`: where there are no vectors, or they have another structure or shape.
+        - `TypeError`: where they have another dtype.
         """
         check_vectors(vecs, self.structure, self.domain)
         size = check_size(vector_batch_size, "vector_batch_size") or vectors_at_once(self)
@@ -268,8 +268,8 @@ class Operator(ABC):
 
         Raises:
 
-        - `ValueError`: a negative or non-finite number, or a tree that does not fit.
-        - `TypeError`: no real number.
+        - `ValueError`: for a negative or non-finite number, or a tree that does not fit.
+        - `TypeError`: for what is no real number.
         """
         return Damped(self, _read_damping(damping, self.structure))
 
@@ -280,7 +280,7 @@ def product(operator: Operator, vec: Any) -> Any:
 
 
 def on_this_shard(operator: Operator, vec: Any = None) -> tuple[Operator, Any]:
-    "Both, as one device has them where the caller maps by `jax.shard_map`; elsewhere as they are"
+    "Operator and vector, as one device has them where the caller maps by `jax.shard_map`"
     if not jax.sharding.get_abstract_mesh().manual_axes: return operator, vec
     axes = varying_axes((operator, vec))
     return operator._in_shard_map(axes), vary_over(axes, vec)

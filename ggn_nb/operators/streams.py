@@ -194,7 +194,7 @@ class Stream:
     A batch is a pair (input, target), or a mapping with the keys of the data. Its arrays may be
     those of any library: whatever has a method `__array__` or `__dlpack__` will do. Each batch may
     have its own parts: a weight that is missing is 1, a mask that is missing is true. `for batch in
-    stream` reads the source once and gives each batch as a `Batch` of JAX arrays, filled up to the
+    stream` reads the source once and yields each batch as a `Batch` of JAX arrays, filled up to the
     number of rows of the first one. A loop that is left does not wait for a slow source. An
     operator reads the stream once when it is made, with either reduction, and for each product.
 

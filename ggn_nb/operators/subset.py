@@ -163,9 +163,10 @@ def select_params(model_fn: Callable, params: Any, select: Any) -> tuple[Callabl
 
     Raises:
 
-    - `ValueError`: nothing is selected, a pattern is no regular expression, or a tree does not fit.
-    - `TypeError`: an answer is no truth value, a selected leaf is not floating-point, or a frozen
-      one is neither an array nor hashable.
+    - `ValueError`: where nothing is selected, a pattern is no regular expression, or a tree does
+      not fit.
+    - `TypeError`: where an answer is no truth value, a selected leaf is not floating-point, or a
+      frozen one is neither an array nor hashable.
 
     Example:
 

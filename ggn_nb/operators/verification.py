@@ -35,7 +35,7 @@ class Check(NamedTuple):
     Arguments:
 
     - `name`: what is claimed.
-    - `error`: what was found, ≥ 0; NaN where the numbers are none.
+    - `error`: what was found, ≥ 0; NaN where there are no finite numbers.
     - `allowed`: the largest error that passes.
     - `unit`: what the error is measured in: "relative" to the largest entry, or "standard errors".
 
@@ -197,8 +197,8 @@ def is_psd(
 
     Raises:
 
-    - `ValueError`: a prediction of more numbers, or what does not fit the loss.
-    - `TypeError`: by the argument's name, what holds anything but numbers.
+    - `ValueError`: where a prediction has more numbers, or an argument does not fit the loss.
+    - `TypeError`: where an argument holds anything but numbers.
 
     Example:
 
@@ -442,7 +442,7 @@ _MORE_CHECKS: list[Callable] = []
 
 
 def adds_checks(checks: Callable) -> Callable:
-    "Decorator: `verify` makes what (operator, key) -> list of `Check` makes of an operator, too"
+    "Decorator: `verify` also makes the checks of this function, (operator, key) -> list of `Check`"
     _MORE_CHECKS.append(checks)
     return checks
 
@@ -475,8 +475,8 @@ def verify(
 
     Arguments:
 
-    - `subject`: an operator of any kind, one's own as well; or a loss: a name, a `Loss`, or a
-      function loss(pred, target).
+    - `subject`: an operator of any kind, also your own; or a loss: a name, a `Loss`, or a function
+      loss(pred, target).
     - `pred`: for a loss: where to look, a tree of up to 2,048 floating-point numbers.
     - `target`: for a loss: as it takes it; by default drawn by its own sampler.
     - `weight`: for a loss: one number ≥ 0 for each sample or position.
@@ -490,9 +490,9 @@ def verify(
 
     Raises:
 
-    - `AssertionError`: a check failed, and `raise_on_failure` is True.
-    - `TypeError`: an operator on a stream; by its name, what holds anything but numbers.
-    - `ValueError`: a loss without a prediction, or without a target that it needs.
+    - `AssertionError`: where a check failed, and `raise_on_failure` is True.
+    - `TypeError`: for an operator on a stream, or where an argument holds anything but numbers.
+    - `ValueError`: for a loss without a prediction, or without a target that it needs.
 
     Example:
 
