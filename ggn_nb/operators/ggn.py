@@ -23,7 +23,7 @@ from ggn_nb.operators.creation import (
 )
 from .curvature import Curvature, Problem
 from .operator import register_operator, scale_tree
-from .samples import Samples, wide_dtype
+from .samples import Samples
 from .streamed import Streamed
 from .streams import Stream
 from ..tools.checks import check_like
@@ -90,12 +90,10 @@ class GGN(Curvature):
         """factor · Jᵀ H J vec."""
         if way := _way(problem): return way.product(problem, linearization, samples, vec)
         pred, jvp = linearization
-        is_wide = all(f.dtype == wide_dtype(f.dtype) for f in jax.tree.leaves(pred))
         def times_hessian(jv):
-            hjv = problem.scale_heads(_hessian_product(problem, jv, pred, samples))
-            return scale_tree(problem.factor, hjv) if is_wide else hjv
+            return problem.scale_heads(_hessian_product(problem, jv, pred, samples))
         total = jax.linear_transpose(jvp, vec)(_stored(times_hessian)(jvp(vec)))[0]
-        return total if is_wide else scale_tree(problem.factor, total)
+        return scale_tree(problem.factor, total)
 
     @staticmethod
     def loss_term(problem: Problem, pred: Any, samples: Samples) -> Any:

@@ -40,7 +40,7 @@ def problem(num_samples, dtype):
 @pytest.mark.parametrize("num_samples", [60_000, 300_000])
 @pytest.mark.parametrize("scale", [{"reduction": "mean"}, {"num_total_samples": 1}], ids=str)
 @pytest.mark.parametrize("model", [affine, dense])
-@pytest.mark.parametrize("options", [{}, {"linearize": "recomputed"}, {"batch_size": 1000}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"linearize": "recomputed"}, {"batch_size": 100_000}], ids=str)
 def test_a_mean_over_many_samples(dtype, num_samples, scale, model, options):
     params, data, vec, (n, s1, s2) = problem(num_samples, dtype)
     got = create_ggn_mv(model, params, data, "mse", **scale, **options)(vec)
@@ -93,6 +93,17 @@ def test_bound_and_unbound_factors(dtype):
     mv = create_ggn_mv_without_data(affine, params, "mse", 1 / n)
     for product in (mv, jax.jit(mv)):
         np.testing.assert_allclose(float(product(vec, data)["w"][0]), 2 * (s2 + s1) / n, rtol=2 * EPS[dtype])
+
+
+def test_small_factors_do_not_vanish_within():
+    """In a model that computes in float16, from and to float32."""
+    params, data, vec, (n, s1, s2) = problem(60_000, "float16")
+    wide = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+    within = lambda input, params: affine(input.astype(jnp.float16), jax.tree.map(lambda p: p.astype(jnp.float16), params)).astype(jnp.float32)
+    for kind in ("ggn", "factored"):
+        options = {} if kind == "ggn" else {"linearize": "factored"}
+        got = create_ggn_mv(within, wide(params), wide(data), "mse", num_total_samples=1e-3, batch_size=256, **options)(wide(vec))
+        np.testing.assert_allclose(float(got["w"][0]), 1e-3 * 2 * (s2 + s1) / n, rtol=2 * EPS["float16"])
 
 
 def test_large_factors_do_not_overflow_before_the_sum():
