@@ -75,7 +75,7 @@ def log_marginal_likelihood(
     """The log evidence in the Laplace approximation, with the damping for the prior precision.
 
     −L(θ) − δ/2 |θ|² + P/2 log δ − ½ log det(M + δI), at the parameters θ of G, which should be the
-    minimum of the first two terms. It can be differentiated by the damping.
+    minimum of the first two terms. It can be differentiated with respect to the damping.
 
     Arguments:
 

@@ -48,7 +48,7 @@ def predictive_covariance(
 
     That is the Laplace approximation: the posterior of the parameters is normal, with the precision
     M + damping · I; the damping is the precision of the prior. It is the uncertainty of the
-    prediction itself: to that of an observation, add the noise.
+    prediction itself: for that of an observation, add the noise.
 
     Arguments:
 

@@ -116,7 +116,8 @@ def solve(
     conjugate gradients also `.num_steps` and `.converged`: they end where rounding errors allow no
     better, and return the best x, never NaN. In float32 the residual may be large where M has
     eigenvalues far above the damping: rounding the exact solution leaves up to
-    6e-8 · λ_max / damping. `.x` can be differentiated, by `b`, the damping, and the arrays of M.
+    6e-8 · λ_max / damping. `.x` can be differentiated with respect to `b`, the
+    damping, and the arrays of M.
 
     Raises:
 
