@@ -175,12 +175,11 @@ def _begun(size: int, k: int, like: jax.ShapeDtypeStruct, key: jax.Array) -> Sea
 def _restarted(
     basis: Basis, values: jax.Array, vectors: jax.Array, kept: jax.Array, following: Callable
 ) -> Basis:
-    "With the first so many of these Ritz vectors, and `following(rows)` after them"
+    "With the first `kept` of its Ritz vectors, and `following(rows)` after them"
     is_kept = jnp.arange(len(values)) < kept
-    ritz = matmul(vectors.T, basis.vectors[:-1])
-    rows = jnp.zeros_like(basis.vectors).at[: len(values)].set(jnp.where(is_kept[:, None], ritz, 0))
-    diagonal = jnp.zeros(len(basis.coefficients), values.dtype).at[: len(values)]
-    matrix = jnp.diag(diagonal.set(jnp.where(is_kept, values, 0)))
+    rotation = jnp.pad(jnp.where(is_kept, vectors, 0), [(0, 1), (0, 1)])
+    rows = matmul(rotation.T, basis.vectors)
+    matrix = jnp.diag(jnp.where(is_kept, values, 0))
     return Basis(rows.at[kept].set(following(rows)), matrix, basis.rest)
 
 
@@ -197,12 +196,11 @@ def _assessed(
     converged = jnp.all(errors <= tolerance) | is_all
     same = jnp.all(jnp.abs(values[:k] - s.seen) <= 10 * tolerance * scale)
     done = (converged & same) | is_all
-    keep = k + (size - k) // 2
-    kept = jnp.where(converged, k, keep)
+    kept = jnp.where(converged, k, k + (size - k) // 2)
     own, key = jax.random.split(s.key)
     looks_again = lambda rows: jax.lax.cond(
         converged & ~done, lambda: random_unit(rows, own), lambda: basis.vectors[-1])
-    basis = _restarted(basis, values[:keep], vectors[:, :keep], kept, looks_again)
+    basis = _restarted(basis, values, vectors, kept, looks_again)
     seen = jnp.where(converged, values[:k], s.seen)
     steps = s.steps + size - s.start
     ended = done | (steps >= max_steps)
