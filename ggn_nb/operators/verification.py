@@ -323,6 +323,12 @@ def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check
     return Check(name, error, float(allowed), "standard errors")
 
 # %% ../../nbs/operators/30_verification.ipynb #be0c8233
+def _normal(key: jax.Array, like: Any) -> np.ndarray:
+    "Normal numbers in the shape and dtype of an array, drawn on the host: nothing is compiled"
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return generator.standard_normal(like.shape).astype(like.dtype)
+
+
 def _rows(tree: Any, at: Any) -> Any:
     "A part of each leaf, along the leading axis"
     return jax.tree.map(lambda a: a[at], tree)
@@ -360,12 +366,11 @@ def _means_of_parts(loss: Loss, whole: tuple, n: int) -> dict[str, tuple[jax.Arr
     return {"the mean is the same in chunks": (mean, loss.total(f, y, reduction="mean", **w))}
 
 
-def _claims_of_parts(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> dict:
+def _claims_of_parts(loss: Loss, u: Any, pred: Any, target: Any, given: dict) -> dict:
     "Means and products of the parts are those of the whole: what was found, and what is expected"
-    n = _common_length((pred, target, given))
+    n, whole = _common_length((pred, target, given)), (u, pred, target, given)
     if n < 2: return {}
-    u = jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), pred)
-    whole, has_mean = (u, pred, target, given), target is not None or isinstance(loss, CustomLoss)
+    has_mean = target is not None or isinstance(loss, CustomLoss)
     means = _means_of_parts(loss, whole, n) if has_mean else {}
     return _products_of_parts(loss, whole, n) | means
 
@@ -393,13 +398,13 @@ def _hessian_check(found: dict, pred: Any) -> Check:
 
 # %% ../../nbs/operators/30_verification.ipynb #30a60021
 def _seen_of_loss(
-    loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array
+    loss: Loss, key: jax.Array, u: Any, pred: Any, target: Any, given: dict
 ) -> tuple[dict, dict, dict]:
     "What is wrong with the numbers, the derivatives, and the claims on parts, for one program"
     if target is None: target = _draw_target(loss, pred, key)
     faults = loss.faults(pred, target, **given, reads_target=True)
     derivatives = _derivatives(loss, pred, target, given)
-    return faults, derivatives, _claims_of_parts(loss, pred, target, given, key)
+    return faults, derivatives, _claims_of_parts(loss, u, pred, target, given)
 
 
 def _draw_target(loss: Loss, pred: Any, key: jax.Array) -> Any:
@@ -414,8 +419,8 @@ def _draw_target(loss: Loss, pred: Any, key: jax.Array) -> Any:
 # %% ../../nbs/operators/30_verification.ipynb #30a60022
 def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
     "Every check that the loss's own claims call for"
-    seen = jax.jit(partial(_seen_of_loss, loss))
-    faults, found, claims = seen(pred, target, given, key)
+    u, see = jax.tree.map(partial(_normal, key), pred), jax.jit(partial(_seen_of_loss, loss))
+    faults, found, claims = see(key, u, pred, target, given)
     raise_faults(faults)
     found, tol = _wide(found), allowed_error(pred)
     H, gradients = found["H"], (found["gradient"], found["by grad"])
@@ -449,29 +454,34 @@ def adds_claims(claims: Callable) -> Callable:
     return claims
 
 # %% ../../nbs/operators/30_verification.ipynb #176f79e3
-def _random_vectors(A: Operator, key: jax.Array) -> Any:
+def _sums(u: np.ndarray, v: np.ndarray) -> list[np.ndarray]: return [u + 2 * v, u - 2 * v, -u]
+
+
+def _random_vectors(A: Operator, key: jax.Array) -> np.ndarray:
     "Four random vectors, as rows, and below them some sums of the first two"
-    u, v, *others = jax.random.normal(key, (4, A.shape[0]), flat_structure(A.structure).dtype)
-    rows = jnp.stack([u, v, *others, *_sums(u, v)])
-    return jax.vmap(partial(unravel, structure=A.structure))(rows)
-
-
-def _sums(u: Any, v: Any) -> list[Any]: return [u + 2 * v, u - 2 * v, -u]
+    flat = flat_structure(A.structure)
+    u, v, *others = _normal(key, jax.ShapeDtypeStruct((4, *flat.shape), flat.dtype))
+    return np.stack([u, v, *others, *_sums(u, v)])
 
 
 @program
-def _seen_of_operator(A: Operator, key: jax.Array) -> tuple[dict, dict]:
-    "Random vectors and their products, one by one; the dense matrix of a small operator; the claims"
-    vecs = _random_vectors(A, key)
+def _seen_of_operator(A: Operator, vecs: np.ndarray, key: jax.Array) -> tuple[dict, dict]:
+    "The vectors and their products, one by one; the matrix of a small operator; the claims"
+    flat = jax.vmap(partial(ravel, dtype=vecs.dtype))
+    vecs = jax.vmap(partial(unravel, structure=A.structure))(vecs)
     products = jax.lax.map(A, vecs)
-    (u, two), (Au, singly) = ([_rows(tree, at) for at in (0, slice(2))] for tree in (vecs, products))
-    flat = jax.vmap(partial(ravel, dtype=flat_structure(A.structure).dtype))
     found = {"vectors": flat(vecs), "products": flat(products)}
     if A.shape[0] <= 512: found["matrix"] = A.dense()
+    return found, _claims(A, vecs, products, key)
+
+
+def _claims(A: Operator, vecs: Any, products: Any, key: jax.Array) -> dict[str, tuple[Any, Any]]:
+    "Of each claim, what was found, and what is expected"
+    two, singly = (_rows(tree, slice(2)) for tree in (vecs, products))
     claims = {f"{A.symbol} of many vectors is that of each": (A.matmat(two), singly)}
-    claims |= _claims_of_samples(A, u, Au)
+    claims |= _claims_of_samples(A, _rows(vecs, 0), _rows(products, 0))
     for more in _MORE_CLAIMS: claims |= more(A, key)
-    return found, claims
+    return claims
 
 # %% ../../nbs/operators/30_verification.ipynb #30a60032
 def _matrix(found: dict[str, np.ndarray]) -> tuple[np.ndarray, float | None]:
@@ -498,7 +508,7 @@ def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]
 # %% ../../nbs/operators/30_verification.ipynb #114259a8
 def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
     "The contract, the definition, chunks and order"
-    found, claims = _seen_of_operator(A, key)
+    found, claims = _seen_of_operator(A, _random_vectors(A, key), key)
     found, tol, name = _wide(found), 10 * allowed_error(A.structure), A.symbol
     matrix, scale = _matrix(found)
     checks = _definition_check(A, matrix, tol) if "matrix" in found else []
