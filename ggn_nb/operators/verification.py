@@ -6,6 +6,7 @@
 __all__ = ['Check', 'Report', 'is_psd', 'verify']
 
 # %% ../../nbs/operators/30_verification.ipynb #ab91acc4
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -481,7 +482,7 @@ def _claims(A: Operator, vecs: Any, products: Any, key: jax.Array) -> dict[str, 
     claims = {f"{A.symbol} of many vectors is that of each": (A.matmat(two), singly)}
     claims |= _claims_of_samples(A, _rows(vecs, 0), _rows(products, 0))
     for more in _MORE_CLAIMS: claims |= more(A, key)
-    return claims
+    return OrderedDict(claims)  # JAX would sort a dictionary
 
 # %% ../../nbs/operators/30_verification.ipynb #30a60032
 def _matrix(found: dict[str, np.ndarray]) -> tuple[np.ndarray, float | None]:
