@@ -485,18 +485,19 @@ def _claims(A: Operator, vecs: Any, products: Any, key: jax.Array) -> dict[str, 
     return OrderedDict(claims)  # JAX would sort a dictionary
 
 # %% ../../nbs/operators/30_verification.ipynb #30a60032
-def _matrix(found: dict[str, np.ndarray]) -> tuple[np.ndarray, float | None]:
+def _matrix(found: dict[str, Any]) -> tuple[np.ndarray, float | None]:
     "The dense matrix; or uᵀ A v for all pairs, with the longest A v: what is expected by chance"
+    found = _wide(found)
     if "matrix" in found: return found["matrix"], None
     vecs, products = found["vectors"][:4], found["products"][:4]
     longest = float(np.max(np.linalg.norm(products, axis=1)))
     return vecs @ products.T, max(longest, _largest())
 
 
-def _nonlinearity(products: np.ndarray) -> float:
+def _nonlinearity(products: Any) -> float:
     "How far products with sums are from sums of products, relative to the largest of A u and A v"
-    Au, Av = products[:2]
-    return relative_error(products[4:], np.stack(_sums(Au, Av)), _largest(Au, Av))
+    Au, Av, _, _, *with_sums = np.asarray(products)
+    return relative_error(np.stack(with_sums), np.stack(_sums(Au, Av)), _largest(Au, Av))
 
 
 def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]:
@@ -510,8 +511,8 @@ def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]
 def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
     "The contract, the definition, chunks and order"
     found, claims = _seen_of_operator(A, _random_vectors(A, key), key)
-    found, tol, name = _wide(found), 10 * allowed_error(A.structure), A.symbol
     matrix, scale = _matrix(found)
+    tol, name = 10 * allowed_error(A.structure), A.symbol
     checks = _definition_check(A, matrix, tol) if "matrix" in found else []
     checks += [Check(f"{name} is symmetric", relative_error(matrix, matrix.T, scale), tol)]
     if A.is_psd: checks += [Check(f"{name} is positive semi-definite", _negativity(matrix), tol)]
