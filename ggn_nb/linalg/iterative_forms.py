@@ -85,7 +85,7 @@ def most_stored(multiply: FlatProduct) -> int:
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a0000c
 def _read_spectrum(operator: Operator, damping: Any) -> tuple[Callable, jax.Array | None]:
-    "What sets an eigenvalue of M to 0 where only rounding makes it negative; δ, if it is one number"
+    "What sets eigenvalues of M that only rounding makes negative to 0; and δ, if one number"
     least, leaves = 0 if operator.is_psd else -jnp.inf, jax.tree.leaves(damping)
     number = leaves[0] if len(leaves) == 1 and not leaves[0].shape else None
     return lambda x: jnp.maximum(x, least), number
