@@ -61,10 +61,10 @@ PROCESSES = multiprocessing.get_context(FORK)
 PROCESSES.set_forkserver_preload(["ggn_nb", "matplotlib.pyplot", "nbdev.test"])
 
 
-def check_notebook(path: Path, flags: str) -> str:
+def check_notebook(path: Path, flags: str, thresholds: tuple[int, int, int]) -> str:
     """Run the cells of a notebook, as nbdev does; the traceback of the first that fails."""
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(*thresholds)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()) as errors:
         passed, _ = run_cells(path, get_config().tst_flags.split(), flags.split())
     return "" if passed else errors.getvalue()
@@ -74,7 +74,7 @@ def check_notebook(path: Path, flags: str) -> str:
 def test_notebook_runs(name, pytestconfig, monkeypatch):
     monkeypatch.chdir(ROOT)
     with ProcessPoolExecutor(1, PROCESSES) as process:
-        failure = process.submit(check_notebook, NBS / name, pytestconfig.getoption("flags")).result()
+        failure = process.submit(check_notebook, NBS / name, pytestconfig.getoption("flags"), gc.get_threshold()).result()
     if failure:
         pytest.fail(f"{name}\n{failure}", pytrace=False)
 

@@ -25,7 +25,7 @@ from ggn_nb.operators.operator import bytes_of
 from ggn_nb.operators.square_root import with_root
 from ggn_nb.operators.samples import Samples, cast_like, widen
 from ggn_nb.operators.streamed import Streamed
-from ggn_nb.operators.verification import Check, adds_checks, allowed_error, relative_error
+from ggn_nb.operators.verification import adds_claims
 from ggn_nb.tools.arrays import register_pytree
 from ggn_nb.tools.programs import program
 
@@ -200,10 +200,8 @@ def _gradients_both_ways(operator: Curvature, key: jax.Array) -> tuple[Any, Any]
     return found, jax.tree.leaves(vjp(column)[0])
 
 
-@adds_checks
-def _pair_checks(operator: Any, key: jax.Array) -> list[Check]:
+@adds_claims
+def _claims_of_pairs(operator: Any, key: jax.Array) -> dict[str, tuple[Any, Any]]:
     "That the gradient from the pairs of the layers is that of the model"
-    if not isinstance(operator, GGN): return []
-    found, expected = _gradients_both_ways(operator, key)
-    tol = 10 * allowed_error(operator.structure)
-    return [Check("pairs of the layers give the gradient", relative_error(found, expected), tol)]
+    if not isinstance(operator, GGN): return {}
+    return {"pairs of the layers give the gradient": _gradients_both_ways(operator, key)}

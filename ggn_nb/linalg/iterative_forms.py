@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00002
 from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -83,13 +84,18 @@ def most_stored(multiply: FlatProduct) -> int:
     return min(multiply.size, _MOST_STORED, max(30, _MOST_BYTES // bytes_of_vector))
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a0000c
+def _read_spectrum(operator: Operator, damping: Any) -> tuple[Callable, jax.Array | None]:
+    "What sets eigenvalues of M that only rounding makes negative to 0; and δ, if one number"
+    least, leaves = 0 if operator.is_psd else -jnp.inf, jax.tree.leaves(damping)
+    number = leaves[0] if len(leaves) == 1 and not leaves[0].shape else None
+    return lambda x: jnp.maximum(x, least), number
+
+
 def split_damping(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
     "What Lanczos multiplies by, and what turns its eigenvalues into those of M + δI"
-    leaves = jax.tree.leaves(damping)
-    if len(leaves) != 1 or leaves[0].shape: return FlatProduct(operator, damping), lambda x: x
-    least = 0 if operator.is_psd else -jnp.inf
-    shift = lambda x: jnp.maximum(x, least) + leaves[0].astype(x.dtype)
-    return FlatProduct(operator), shift
+    clip, number = _read_spectrum(operator, damping)
+    if number is None: return FlatProduct(operator, damping), lambda x: x
+    return FlatProduct(operator), lambda x: clip(x) + number.astype(x.dtype)
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00031
 @register_operator
@@ -117,14 +123,13 @@ class Relative(Operator):
 
 def relative_to(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
     "What Lanczos multiplies by, and what turns its eigenvalues into log(1 + λ/δ)"
-    least = 0 if operator.is_psd else -jnp.inf
-    leaves, structure = jax.tree.leaves(damping), widen_structure(operator.structure)
-    if len(leaves) == 1 and not leaves[0].shape:
-        logs = lambda x: jnp.log1p(jnp.maximum(x, least) / leaves[0].astype(x.dtype))
-        return FlatProduct(operator), logs
+    clip, number = _read_spectrum(operator, damping)
+    if number is not None:
+        return FlatProduct(operator), lambda x: jnp.log1p(clip(x) / number.astype(x.dtype))
+    structure = widen_structure(operator.structure)
     flat = flat_damping(damping, structure, FlatProduct(operator).dtype)
     relative = Relative(operator, unravel(jax.lax.rsqrt(flat), structure))
-    return FlatProduct(relative), lambda x: jnp.log1p(jnp.maximum(x, least))
+    return FlatProduct(relative), lambda x: jnp.log1p(clip(x))
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00021
 def _flat_function(

@@ -32,6 +32,7 @@ from .streamed import Streamed
 from .streams import Stream
 from ..tools.arrays import is_key, register_pytree, working_dtype
 from ..tools.checks import check_size
+from ..tools.programs import program
 
 # %% ../../nbs/operators/22_fisher.ipynb #eaee1690
 def _inner_products(scores: Any, v: Any) -> jax.Array:
@@ -245,12 +246,14 @@ class Fisher(GGN):
     def dense_oracle(self) -> np.ndarray:
         """The sum of outer products of the gradients for "empirical"; otherwise as for `GGN`."""
         empirical = isinstance(self.problem.loss, ScoreProducts) and self.problem.vmap_over_data
-        dense = _outer_products_of_gradients if empirical else dense_ggn_of
-        return dense(self.problem, self.samples)
+        if not empirical: return dense_ggn_of(self.problem, self.samples)
+        outer = np.asarray(_outer_products_of_gradients(self.problem, self.samples), np.float64)
+        return float(self.problem.factor) * outer
 
 
-def _outer_products_of_gradients(problem: Problem, samples: Samples) -> np.ndarray:
-    "factor · Σ w g gᵀ, with g the gradient of a sample's loss in θ, by `jax.grad`"
+@program
+def _outer_products_of_gradients(problem: Problem, samples: Samples) -> jax.Array:
+    "Σ w g gᵀ, with g the gradient of a sample's loss in the parameters, by `jax.grad`"
     flat, unravel = ravel_pytree(problem.params)
     def one(samples):
         def loss(p):
@@ -259,8 +262,7 @@ def _outer_products_of_gradients(problem: Problem, samples: Samples) -> np.ndarr
             return problem.loss.loss.total(pred, samples.target, weight=roots, mask=samples.mask)
         g = jax.grad(loss)(flat)
         return jnp.outer(g, g)
-    outer = np.asarray(jnp.sum(jax.lax.map(one, samples), axis=0), np.float64)
-    return float(problem.factor) * outer
+    return jnp.sum(jax.lax.map(one, samples), axis=0)
 
 # %% ../../nbs/operators/22_fisher.ipynb #81150218
 def _loss_in_the_middle(

@@ -28,6 +28,7 @@ from .streamed import Streamed
 from .streams import Stream
 from ..tools.checks import check_like
 from ..tools.functions import function_as_pytree
+from ..tools.programs import program
 
 # %% ../../nbs/operators/20_ggn.ipynb #792e61f6
 def _stored(
@@ -119,15 +120,21 @@ def _hessian_product(problem: Problem, jv: Any, pred: Any, samples: Samples) -> 
 # %% ../../nbs/operators/20_ggn.ipynb #f75c0f0c
 def dense_ggn_of(problem: Problem, samples: Samples) -> np.ndarray:
     "factor · Σ Jᵢᵀ Hᵢ Jᵢ, dense, from the definitions of Jᵢ and Hᵢ, in float64 where it is enabled"
+    return np.asarray(_dense_ggn(problem, samples), np.float64)
+
+
+@program
+def _dense_ggn(problem: Problem, samples: Samples) -> jax.Array:
+    "The same on the device"
     flat, unravel = ravel_pytree(problem.params)
     def one(samples):
         predict = lambda p: problem.predict(samples.input)(unravel(p))
         pred, unravel_pred = ravel_pytree(predict(flat))
         J = jax.jacrev(lambda p: ravel_pytree(predict(p))[0])(flat)
         return J.T @ _dense_hessian_of_loss(problem, samples, pred, unravel_pred) @ J
-    if not problem.vmap_over_data: return np.asarray(jax.jit(one)(samples), np.float64)
+    if not problem.vmap_over_data: return one(samples)
     alone = jax.tree.map(lambda a: a[:, None], samples)  # batches of one sample
-    return np.asarray(jnp.sum(jax.lax.map(one, alone), axis=0), np.float64)
+    return jnp.sum(jax.lax.map(one, alone), axis=0)
 
 # %% ../../nbs/operators/20_ggn.ipynb #9105fdf3
 def _dense_hessian_of_loss(problem, samples, pred, unravel) -> jax.Array:

@@ -23,6 +23,7 @@ from .operator import register_operator, scale_tree
 from .samples import Samples
 from .streamed import Streamed
 from .streams import Stream
+from ..tools.programs import program
 
 # %% ../../nbs/operators/21_hessian.ipynb #c5466db3
 @register_operator
@@ -64,10 +65,15 @@ class Hessian(Curvature):
 
     def dense_oracle(self) -> np.ndarray:
         """factor · ∇²L, by `jax.hessian` of the loss's value."""
-        flat, unravel = ravel_pytree(self.problem.params)
-        predict = self.problem.predict(self.samples.input)
-        total = lambda p: self.problem.weighted_loss(predict(unravel(p)), self.samples)
-        return np.asarray(jax.jit(jax.hessian(total))(flat), np.float64)
+        return np.asarray(_dense_hessian(self.problem, self.samples), np.float64)
+
+
+@program
+def _dense_hessian(problem: Problem, samples: Samples) -> jax.Array:
+    "factor · ∇²L, dense"
+    flat, unravel = ravel_pytree(problem.params)
+    predict = problem.predict(samples.input)
+    return jax.hessian(lambda p: problem.weighted_loss(predict(unravel(p)), samples))(flat)
 
 # %% ../../nbs/operators/21_hessian.ipynb #c00058e5
 @takes_options(make_problem, ProblemOptions)

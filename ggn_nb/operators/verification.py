@@ -6,8 +6,9 @@
 __all__ = ['Check', 'Report', 'is_psd', 'verify']
 
 # %% ../../nbs/operators/30_verification.ipynb #ab91acc4
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ from ..losses.create import create_loss
 from ..losses.custom import CustomLoss
 from ..losses.loss import Loss
 from ..losses.weights import along, raise_faults
-from .curvature import Curvature, on_samples
-from .operator import Operator
+from .curvature import Curvature
+from .layout import layout_of
+from .operator import Operator, flat_structure, ravel, unravel
 from ..tools.arrays import sum_entries, working_dtype
 from ..tools.checks import check_floating
 from ..tools.programs import program
@@ -112,9 +114,15 @@ def _largest(*trees: Any) -> float:
     return max([np.finfo(np.float64).tiny, *(np.max(np.abs(a), initial=0) for a in leaves)])
 
 
+def _flat(tree: Any) -> np.ndarray:
+    "The entries of all leaves, in float64"
+    leaves = [np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves)
+
+
 def relative_error(actual: Any, expected: Any, scale: float | None = None) -> float:
     "The largest difference of two trees, relative to `scale`, or what is expected at its largest"
-    a, e = (np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (actual, expected))
+    a, e = map(_flat, (actual, expected))
     if a.shape != e.shape: return float("inf")
     return float(np.max(np.abs(a - e), initial=0) / (_largest(e) if scale is None else scale))
 
@@ -125,6 +133,12 @@ _ALLOWED = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 def allowed_error(tree: Any) -> float:
     "The relative error to be expected from the dtypes of `tree`"
     return max(_ALLOWED[jnp.dtype(leaf.dtype).name] for leaf in jax.tree.leaves(tree))
+
+# %% ../../nbs/operators/30_verification.ipynb #30a60011
+def _compare(claims: dict[str, tuple[Any, Any]], tol: float) -> list[Check]:
+    "A check for each claim: what was found, and what is expected"
+    return [Check(name, relative_error(*pair), tol) for name, pair in claims.items()]
+
 
 # %% ../../nbs/operators/30_verification.ipynb #30a00001
 def _read_arrays(tree: Any, name: str, *, single: bool) -> Any:
@@ -170,6 +184,11 @@ def _negativity(H: np.ndarray) -> float:
     return float(max(0, -values[0]) / max(np.max(np.abs(values)), np.finfo(np.float64).tiny))
 
 # %% ../../nbs/operators/30_verification.ipynb #2cf55199
+def _dense_hessian(loss: Loss, pred: Any, target: Any, given: dict) -> jax.Array:
+    "H of the loss"
+    return dense_from_mv(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
+
+
 def is_psd(
     loss: Any,
     pred: Any,
@@ -210,7 +229,7 @@ def is_psd(
     """
     loss = create_loss(loss)
     pred, target, given = _read_arguments(loss, pred, target, weight, mask)
-    H = dense_from_mv(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
+    H = jax.jit(partial(_dense_hessian, loss))(pred, target, given)
     return _negativity(_wide(H)) <= allowed_error(pred)
 
 # %% ../../nbs/operators/30_verification.ipynb #a05edbea
@@ -304,12 +323,64 @@ def _fisher_check(loss: Loss, pred: Any, H: np.ndarray, key: jax.Array) -> Check
     error = float(np.max(np.abs(found - H) / unit, initial=0))
     return Check(name, error, float(allowed), "standard errors")
 
+# %% ../../nbs/operators/30_verification.ipynb #be0c8233
+def _normal(key: jax.Array, like: Any) -> np.ndarray:
+    "Normal numbers in the shape and dtype of an array, drawn on the host: nothing is compiled"
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    return generator.standard_normal(like.shape).astype(like.dtype)
+
+
+def _rows(tree: Any, at: Any) -> Any:
+    "A part of each leaf, along the leading axis"
+    return jax.tree.map(lambda a: a[at], tree)
+
+
+def _parts(tree: Any, n: int) -> list[Any]:
+    "The two halves along the leading axis, and all of it in reversed order"
+    return [_rows(tree, at) for at in (slice(n // 2), slice(n // 2, n), slice(None, None, -1))]
+
+
+def _common_length(tree: Any) -> int:
+    "The length of the leading axis that all leaves share; 0 where there is none"
+    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(tree)}
+    return lengths.pop()[0] if len(lengths) == 1 and () not in lengths else 0
+
+
+def _products_of_parts(loss: Loss, whole: tuple, n: int) -> dict[str, tuple[Any, Any]]:
+    "What the halves and the reversed order give in the place of H u of all"
+    product = lambda part: loss.hessian_mv(*part[:3], **part[3])
+    first, second, reverse = map(product, _parts(whole, n))
+    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+    turned, expected = _rows(reverse, slice(None, None, -1)), product(whole)
+    return {"H is the same in chunks": (joined, expected),
+            "H is the same in reverse order": (turned, expected)}
+
+
+def _means_of_parts(loss: Loss, whole: tuple, n: int) -> dict[str, tuple[jax.Array, jax.Array]]:
+    "The sum of the halves' totals over the sum of their weights, for the mean of all"
+    total = lambda f, y, w: jax.tree.map(sum_entries, loss.value(f, y, **w))
+    weight = lambda f, y, w: loss.weight_sum(f, y, **w)
+    halves = [part[1:] for part in _parts(whole, n)[:2]]
+    add = lambda fn: jax.tree.map(jnp.add, *(fn(*half) for half in halves))
+    mean = sum(jax.tree.leaves(jax.tree.map(jnp.divide, add(total), add(weight))))
+    _, f, y, w = whole
+    return {"the mean is the same in chunks": (mean, loss.total(f, y, reduction="mean", **w))}
+
+
+def _claims_of_parts(loss: Loss, u: Any, pred: Any, target: Any, given: dict) -> dict:
+    "Means and products of the parts are those of the whole: what was found, and what is expected"
+    n, whole = _common_length((pred, target, given)), (u, pred, target, given)
+    if n < 2: return {}
+    has_mean = target is not None or isinstance(loss, CustomLoss)
+    means = _means_of_parts(loss, whole, n) if has_mean else {}
+    return _products_of_parts(loss, whole, n) | means
+
 # %% ../../nbs/operators/30_verification.ipynb #c55c4430
 def _derivatives(loss: Loss, pred: Any, target: Any, given: dict) -> dict[str, Any]:
     "What the loss says of gradient, H and S, and what automatic differentiation says of its value"
     total = lambda f: loss.total(f, target, **given)
     found = {"gradient": loss.gradient(pred, target, **given), "by grad": jax.grad(total)(pred)}
-    found["H"] = dense_from_mv(lambda u: loss.hessian_mv(u, pred, target, **given), pred)
+    found["H"] = _dense_hessian(loss, pred, target, given)
     if loss.is_hessian:
         zero, grad = jax.tree.map(jnp.zeros_like, pred), jax.grad(total)
         at = lambda f: dense_from_mv(lambda u: jax.jvp(grad, (f,), (u,))[1], f)
@@ -326,80 +397,107 @@ def _hessian_check(found: dict, pred: Any) -> Check:
     error = relative_error(found["H"], found["by jvp"], scale)
     return Check("H is the Hessian of the value", error, tol)
 
+# %% ../../nbs/operators/30_verification.ipynb #30a60021
+def _seen_of_loss(
+    loss: Loss, key: jax.Array, u: Any, pred: Any, target: Any, given: dict
+) -> tuple[dict, dict, dict]:
+    "What is wrong with the numbers, the derivatives, and the claims on parts, for one program"
+    if target is None: target = _draw_target(loss, pred, key)
+    faults = loss.faults(pred, target, **given, reads_target=True)
+    derivatives = _derivatives(loss, pred, target, given)
+    return faults, derivatives, _claims_of_parts(loss, u, pred, target, given)
 
+
+def _draw_target(loss: Loss, pred: Any, key: jax.Array) -> Any:
+    "A target from the loss's own sampler; None for a loss that has no target"
+    if getattr(loss, "read_target", loss) is None: return None
+    try: return loss.sample(key, pred)
+    except ValueError as e:
+        raise ValueError("target: got None, expected one, since this loss has no sampler "
+                         f"({e})") from None
+
+
+# %% ../../nbs/operators/30_verification.ipynb #30a60022
 def _loss_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
     "Every check that the loss's own claims call for"
-    raise_faults(loss.faults(pred, target, **given, reads_target=True))
-    found = _wide(jax.jit(partial(_derivatives, loss))(pred, target, given))
-    tol, H = allowed_error(pred), found["H"]
-    error = relative_error(found["gradient"], found["by grad"])
-    checks = [Check("gradient is that of the value", error, tol),
-              Check("H is symmetric", relative_error(H, H.T), tol)]
+    u, see = jax.tree.map(partial(_normal, key), pred), jax.jit(partial(_seen_of_loss, loss))
+    faults, found, claims = see(key, u, pred, target, given)
+    raise_faults(faults)
+    found, tol = _wide(found), allowed_error(pred)
+    H, gradients = found["H"], (found["gradient"], found["by grad"])
+    checks = _compare({"gradient is that of the value": gradients, "H is symmetric": (H, H.T)}, tol)
     if loss.is_hessian: checks.append(_hessian_check(found, pred))
     if "S" in found: checks += _square_root_checks(found["S"], found["Sᵀ"], H, tol)
     if loss.is_fisher and not given: checks.append(_fisher_check(loss, pred, H, key))
-    return checks
-
-# %% ../../nbs/operators/30_verification.ipynb #be0c8233
-def _parts(tree: Any, n: int) -> list[Any]:
-    "The two halves along the leading axis, and all of it in reversed order"
-    slices = slice(0, n // 2), slice(n // 2, n), slice(None, None, -1)
-    return [jax.tree.map(lambda a: a[s], tree) for s in slices]
+    return checks + _compare(claims, tol)
 
 
-def _common_length(tree: Any) -> int:
-    "The length of the leading axis that all leaves share; 0 where there is none"
-    lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(tree)}
-    return lengths.pop()[0] if len(lengths) == 1 and () not in lengths else 0
+# %% ../../nbs/operators/30_verification.ipynb #81d8b3bd
+def _claims_of_samples(A: Operator, vec: Any, product: Any) -> dict[str, tuple[Any, Any]]:
+    "The product over parts of the samples, where there is an axis to cut"
+    by_sample = isinstance(A, Curvature) and A.problem.vmap_over_data
+    n = _common_length(A.samples) if by_sample else 0
+    if n < 2: return {}
+    problem = replace(A.problem, layout=layout_of(A.problem.params, A.problem))
+    on_part = lambda part: replace(A, problem=problem, samples=part)(vec)
+    first, second, reverse = map(on_part, _parts(A.samples, n))
+    joined = jax.tree.map(jnp.add, first, second)
+    return {f"{A.symbol} is the sum over chunks": (joined, product),
+            f"{A.symbol} is the same in reverse order": (reverse, product)}
+
+# %% ../../nbs/operators/30_verification.ipynb #30a60001
+_MORE_CLAIMS: list[Callable] = []
 
 
-def _products_of_parts(loss: Loss, whole: tuple, n: int) -> tuple[Any, Any, Any]:
-    "H u of all, and what the halves and the reversed order give in its place"
-    product = lambda part: loss.hessian_mv(*part[:3], **part[3])
-    first, second, reverse = map(product, _parts(whole, n))
-    joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
-    return product(whole), joined, jax.tree.map(lambda a: a[::-1], reverse)
-
-
-def _means_of_parts(loss: Loss, whole: tuple, n: int) -> tuple[jax.Array, jax.Array]:
-    "The mean of all, and the sum of the halves' totals over the sum of their weights"
-    total = lambda f, y, w: jax.tree.map(sum_entries, loss.value(f, y, **w))
-    weight = lambda f, y, w: loss.weight_sum(f, y, **w)
-    halves = [part[1:] for part in _parts(whole, n)[:2]]
-    add = lambda fn: jax.tree.map(jnp.add, *(fn(*half) for half in halves))
-    mean = sum(jax.tree.leaves(jax.tree.map(jnp.divide, add(total), add(weight))))
-    _, f, y, w = whole
-    return loss.total(f, y, reduction="mean", **w), mean
-
-
-def _chunk_checks(loss: Loss, pred: Any, target: Any, given: dict, key: jax.Array) -> list[Check]:
-    "Totals, means and products of the parts are those of the whole"
-    n, tol = _common_length((pred, target, given)), allowed_error(pred)
-    if n < 2: return []
-    u = jax.tree.map(lambda a: jax.random.normal(key, a.shape, a.dtype), pred)
-    has_mean = target is not None or isinstance(loss, CustomLoss)
-    on_parts = [_products_of_parts, _means_of_parts] if has_mean else [_products_of_parts]
-    found = jax.jit(lambda whole: [fn(loss, whole, n) for fn in on_parts])
-    (product, joined, turned), *means = found((u, pred, target, given))
-    errors = {"H is the same in chunks": relative_error(joined, product),
-              "H is the same in reverse order": relative_error(turned, product)}
-    for mean, parts in means: errors["the mean is the same in chunks"] = relative_error(parts, mean)
-    return [Check(name, error, tol) for name, error in errors.items()]
+def adds_claims(claims: Callable) -> Callable:
+    "Decorator: `verify` compares what (operator, key) -> {claim: (found, expected)} gives, too"
+    _MORE_CLAIMS.append(claims)
+    return claims
 
 # %% ../../nbs/operators/30_verification.ipynb #176f79e3
-def _random_vectors(A: Operator, key: jax.Array, number: int) -> list[Any]:
-    "Trees of normal numbers like the parameters"
-    like = A.structure
-    draw = lambda k: jax.tree.map(lambda s: jax.random.normal(k, s.shape, s.dtype), like)
-    return jax.jit(lambda key: [draw(k) for k in jax.random.split(key, number)])(key)
+def _sums(u: np.ndarray, v: np.ndarray) -> list[np.ndarray]: return [u + 2 * v, u - 2 * v, -u]
 
 
-def _inner_products(A: Operator, vecs: list[Any]) -> tuple[np.ndarray, float]:
-    "uᵀ A v for all pairs of vectors, and the longest A v: what is expected of one by chance"
-    flat = lambda tree: np.asarray(ravel_pytree(tree)[0], np.float64)
-    products = np.stack([flat(A(v)) for v in vecs])
+def _random_vectors(A: Operator, key: jax.Array) -> np.ndarray:
+    "Four random vectors, as rows, and below them some sums of the first two"
+    flat = flat_structure(A.structure)
+    u, v, *others = _normal(key, jax.ShapeDtypeStruct((4, *flat.shape), flat.dtype))
+    return np.stack([u, v, *others, *_sums(u, v)])
+
+
+@program
+def _seen_of_operator(A: Operator, vecs: np.ndarray, key: jax.Array) -> tuple[dict, dict]:
+    "The vectors and their products, one by one; the matrix of a small operator; the claims"
+    flat = jax.vmap(partial(ravel, dtype=vecs.dtype))
+    vecs = jax.vmap(partial(unravel, structure=A.structure))(vecs)
+    products = jax.lax.map(A, vecs)
+    found = {"vectors": flat(vecs), "products": flat(products)}
+    if A.shape[0] <= 512: found["matrix"] = A.dense()
+    return found, _claims(A, vecs, products, key)
+
+
+def _claims(A: Operator, vecs: Any, products: Any, key: jax.Array) -> dict[str, tuple[Any, Any]]:
+    "Of each claim, what was found, and what is expected"
+    two, singly = (_rows(tree, slice(2)) for tree in (vecs, products))
+    claims = {f"{A.symbol} of many vectors is that of each": (A.matmat(two), singly)}
+    claims |= _claims_of_samples(A, _rows(vecs, 0), _rows(products, 0))
+    for more in _MORE_CLAIMS: claims |= more(A, key)
+    return OrderedDict(claims)  # JAX would sort a dictionary
+
+# %% ../../nbs/operators/30_verification.ipynb #30a60032
+def _matrix(found: dict[str, Any]) -> tuple[np.ndarray, float | None]:
+    "The dense matrix; or uᵀ A v for all pairs, with the longest A v: what is expected by chance"
+    found = _wide(found)
+    if "matrix" in found: return found["matrix"], None
+    vecs, products = found["vectors"][:4], found["products"][:4]
     longest = float(np.max(np.linalg.norm(products, axis=1)))
-    return np.stack([flat(u) for u in vecs]) @ products.T, max(longest, _largest())
+    return vecs @ products.T, max(longest, _largest())
+
+
+def _nonlinearity(products: Any) -> float:
+    "How far products with sums are from sums of products, relative to the largest of A u and A v"
+    Au, Av, _, _, *with_sums = np.asarray(products)
+    return relative_error(np.stack(with_sums), np.stack(_sums(Au, Av)), _largest(Au, Av))
 
 
 def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]:
@@ -408,57 +506,18 @@ def _definition_check(A: Operator, dense: np.ndarray, tol: float) -> list[Check]
     if expected is None: return []
     return [Check(f"{A.symbol} is {A.definition}, dense", relative_error(dense, expected), tol)]
 
-# %% ../../nbs/operators/30_verification.ipynb #81d8b3bd
-def _nonlinearity(A: Operator, u: Any, v: Any) -> float:
-    "The largest of A(a u + b v) − a A u − b A v, relative to the largest of A u and A v"
-    Au, Av = A(u), A(v)
-    combine = lambda a, x, b, y: jax.tree.map(lambda x, y: a * x + b * y, x, y)
-    errors = [relative_error(A(combine(a, u, b, v)), combine(a, Au, b, Av), _largest(Au, Av))
-              for a, b in ((1, 2), (1, -2), (-1, 0))]
-    return float(np.max(errors))
-
-
-def _product_checks(A: Operator, vecs: list[Any], tol: float) -> list[Check]:
-    "Linearity, and many vectors against single ones"
-    u, v, *_ = vecs
-    many = A.matmat(jax.tree.map(lambda *leaves: jnp.stack(leaves), u, v))
-    single = jax.tree.map(lambda *leaves: jnp.stack(leaves), A(u), A(v))
-    return [Check(f"{A.symbol} is linear", _nonlinearity(A, u, v), tol),
-            Check(f"{A.symbol} of many vectors is that of each", relative_error(many, single), tol)]
-
-
-def _sample_checks(A: Curvature, vec: Any, tol: float) -> list[Check]:
-    "The product over parts of the samples, where there is an axis to cut"
-    n = _common_length(A.samples) if A.problem.vmap_over_data else 0
-    if n < 2: return []
-    on_part = lambda part: on_samples(type(A), A.problem, part, weigh=False)[0](vec)
-    first, second, reverse = map(on_part, _parts(A.samples, n))
-    joined = jax.tree.map(jnp.add, first, second)
-    return [Check(f"{A.symbol} is the sum over chunks", relative_error(joined, A(vec)), tol),
-            Check(f"{A.symbol} is the same in reverse order", relative_error(reverse, A(vec)), tol)]
-
-# %% ../../nbs/operators/30_verification.ipynb #30a60001
-_MORE_CHECKS: list[Callable] = []
-
-
-def adds_checks(checks: Callable) -> Callable:
-    "Decorator: `verify` also makes the checks of this function, (operator, key) -> list of `Check`"
-    _MORE_CHECKS.append(checks)
-    return checks
 
 # %% ../../nbs/operators/30_verification.ipynb #114259a8
 def _operator_checks(A: Operator, key: jax.Array) -> list[Check]:
     "The contract, the definition, chunks and order"
+    found, claims = _seen_of_operator(A, _random_vectors(A, key), key)
+    matrix, scale = _matrix(found)
     tol, name = 10 * allowed_error(A.structure), A.symbol
-    vecs = _random_vectors(A, key, 4)
-    if A.shape[0] <= 512: matrix, scale = np.asarray(A.dense(), np.float64), None
-    else: matrix, scale = _inner_products(A, vecs)
-    checks = _definition_check(A, matrix, tol) if scale is None else []
+    checks = _definition_check(A, matrix, tol) if "matrix" in found else []
     checks += [Check(f"{name} is symmetric", relative_error(matrix, matrix.T, scale), tol)]
     if A.is_psd: checks += [Check(f"{name} is positive semi-definite", _negativity(matrix), tol)]
-    checks += _product_checks(A, vecs, tol)
-    if isinstance(A, Curvature): checks += _sample_checks(A, vecs[0], tol)
-    return checks + [check for more in _MORE_CHECKS for check in more(A, key)]
+    checks += [Check(f"{name} is linear", _nonlinearity(found["products"]), tol)]
+    return checks + _compare(claims, tol)
 
 # %% ../../nbs/operators/30_verification.ipynb #26d00cb6
 def verify(
@@ -527,15 +586,4 @@ def _verify_loss(
     if pred is None:
         raise ValueError("pred: got None, expected a prediction to check the loss at")
     pred, target, given = _read_arguments(loss, pred, target, weight, mask)
-    if target is None: target = _draw_target(loss, pred, key)
-    checks = _loss_checks(loss, pred, target, given, key)
-    return Report(repr(loss), (*checks, *_chunk_checks(loss, pred, target, given, key)))
-
-
-def _draw_target(loss: Loss, pred: Any, key: jax.Array) -> Any:
-    "A target from the loss's own sampler; None for a loss that has no target"
-    if getattr(loss, "read_target", loss) is None: return None
-    try: return jax.jit(lambda key, pred: loss.sample(key, pred))(key, pred)
-    except ValueError as e:
-        raise ValueError("target: got None, expected one, since this loss has no sampler "
-                         f"({e})") from None
+    return Report(repr(loss), tuple(_loss_checks(loss, pred, target, given, key)))
