@@ -37,7 +37,7 @@ def orthonormal_rows(vecs: jax.Array) -> jax.Array:  # (K, P)
 class _Inverse(NamedTuple):
     "Of PᵀAP, where it is positive"
     matrix: jax.Array  # the pseudo-inverse
-    indefinite: jax.Array  # is an eigenvalue negative?
+    least: jax.Array  # the smallest eigenvalue, relative to the largest length of A p
     useful: jax.Array  # is one positive?
 
 
@@ -45,10 +45,11 @@ def _inverse(p: jax.Array, q: jax.Array, eps: float) -> _Inverse:
     "From the rows P and A P; the small eigenproblem is in float64 where JAX has it"
     products = widened(matmul(p, q.T))
     values, U = jnp.linalg.eigh((products + products.T) / 2)
-    noise = 10 * eps * jnp.max(row_norms(q)).astype(values.dtype)
+    scale = nonzero(jnp.max(row_norms(q))).astype(values.dtype)
+    noise = 10 * eps * scale
     inverses = jnp.where(values > noise, 1 / jnp.where(values > noise, values, 1), 0)
     matrix = ((U * inverses[None]) @ U.T).astype(p.dtype)
-    return _Inverse(matrix, jnp.any(values < -noise), jnp.any(values > noise))
+    return _Inverse(matrix, values[0] / scale, jnp.any(values > noise))
 
 # %% ../../nbs/linalg/06_block_conjugate_gradients.ipynb #a26d000b
 class _State(NamedTuple):
@@ -65,7 +66,8 @@ def _step(system: LinearSystem, target: jax.Array, state: _State) -> _State:
     "Down along the directions, and the next directions"
     q = system.multiply.many(state.p)
     inverse = _inverse(state.p, q, system.multiply.eps)
-    stop = inverse.indefinite & (not system.is_psd)
+    rounding = system.multiply.eps**0.5 if system.is_psd else 10 * system.multiply.eps
+    stop = inverse.least < -rounding
     moves = state.is_left & ~stop
     alpha = jnp.where(moves, matmul(inverse.matrix, matmul(state.p, state.r.T)), 0)
     x = state.x + matmul(alpha.T, state.p)

@@ -59,7 +59,7 @@ def _run(compiled: Any, forms: MatrixForms, *args: Any) -> Any:
 
 
 _INDEFINITE = ("M: got an operator with a direction of negative curvature, for which M + damping I "
-               "is not positive definite, expected a larger damping, or a GGN instead of a Hessian")
+               "is not positive definite, expected a larger damping, or the GGN of a convex loss")
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a01
 @partial(program, static_argnums=(3,))

@@ -43,6 +43,13 @@ def solve_rows(
     if not system.in_program: return solve(None, b)
     return jax.lax.custom_linear_solve(system.multiply.many, b, solve, symmetric=True, has_aux=True)
 
+
+def _curves_downwards(x: jax.Array, b: jax.Array) -> jax.Array:
+    "Is xᵀb = xᵀA x negative beyond rounding, for each row?"
+    noise = jnp.finfo(b.dtype).eps ** 0.5 * row_norms(x) * row_norms(b)
+    return jnp.sum(x * b, axis=1) < -noise
+
+
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00008
 @register_operator
 class ApproximateInverse(Operator):
@@ -86,9 +93,12 @@ def most_stored(multiply: FlatProduct) -> int:
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a0000c
 def _read_spectrum(operator: Operator, damping: Any) -> tuple[Callable, jax.Array | None]:
     "What sets eigenvalues of M that only rounding makes negative to 0; and δ, if one number"
-    least, leaves = 0 if operator.is_psd else -jnp.inf, jax.tree.leaves(damping)
+    leaves, rounding = jax.tree.leaves(damping), default_tolerance(FlatProduct(operator))
     number = leaves[0] if len(leaves) == 1 and not leaves[0].shape else None
-    return lambda x: jnp.maximum(x, least), number
+    def clip(x):
+        is_noise = operator.is_psd & (jnp.abs(x) <= rounding * jnp.max(jnp.abs(x)))
+        return jnp.where(is_noise, jnp.maximum(x, 0), x)
+    return clip, number
 
 
 def split_damping(operator: Operator, damping: Any) -> tuple[FlatProduct, Any]:
@@ -222,7 +232,7 @@ class IterativeForms(MatrixForms):
         size = row_norms(flat)
         residual = jnp.where(size == 0, 0, row_norms(r) / jnp.where(size == 0, 1, size))
         found = Solution(jax.vmap(self._tree)(x), residual, steps, residual <= tolerance)
-        return found, indefinite
+        return found, indefinite | jnp.any(_curves_downwards(x, flat))
 
     def inverse_root(self, damping: Any, vec: Any) -> Any:
         "NaN where it still changes after all steps"

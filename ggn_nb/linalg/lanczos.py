@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .conjugate_gradients import nonzero
 from .products import FlatProduct, is_in_program, repeat_while, widened
 from ..tools.arrays import is_traced, matmul
 from ..tools.programs import program
@@ -58,12 +59,12 @@ def _beside(
 
 @program
 def random_unit(vectors: jax.Array, key: jax.Array) -> jax.Array:
-    "A random unit vector orthogonal to orthonormal rows"
+    "A random unit vector orthogonal to orthonormal rows; zero where these leave no direction"
     vec = jax.random.normal(key, vectors.shape[1:], vectors.dtype)
     state = vec, jnp.zeros(len(vectors), vec.dtype)
     for _ in range(2): state = _beside(vectors, *state, 0, len(vectors), _ROWS)
     vec, _ = state
-    return vec / jnp.linalg.norm(vec)
+    return vec / nonzero(jnp.linalg.norm(vec))
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10007
 @program

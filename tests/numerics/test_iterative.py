@@ -350,6 +350,20 @@ def test_a_matrix_of_one_number():
     assert values.tolist() == [-2.0] and abs(vectors).tolist() == [[1.0]]
 
 
+def test_a_loss_that_is_not_convex():
+    """G is held to be positive semi-definite, which it is not far from the targets of a loss with heavy tails."""
+    x = jax.random.normal(jax.random.key(0), (30, 8))
+    heavy = lambda f, y: 2 * jnp.log1p((f - y) ** 2)
+    G = create_ggn_mv(lambda input, params: input @ params, jnp.zeros(8), {"input": x, "target": jnp.full(30, 30.0)}, heavy)
+    eigenvalues, key, b = np.linalg.eigvalsh(np.asarray(G.dense(), float)), jax.random.key(1), jnp.ones(8)
+    assert eigenvalues[-1] < -0.01 and eigenvalues[0] > -1
+    found = logdet(G, 1.0, key=key, num_steps=8, num_probes=40)
+    assert abs(found.value - np.log1p(eigenvalues).sum()) < 5 * found.standard_error
+    for refused in (lambda: logdet(G, 0.01, key=key), lambda: logdet(G, jnp.full(8, 0.01), key=key), lambda: sample(G, key, 0.01),
+                    lambda: solve(G, b, 0.01), lambda: solve_many(G, jnp.stack([b, 2 * b]), 0.01)):
+        with pytest.raises(ValueError, match="not positive definite"): refused()
+
+
 def test_what_is_no_symmetric_matrix_has_no_eigenpairs():
     A = Turned(jnp.asarray(np.random.default_rng(0).normal(size=(40, 40))))
     with pytest.raises(ValueError, match=r"M: got products for which \|M u − λ u\| is .* times the largest"):
