@@ -101,7 +101,9 @@ def test_page_says_where_to_go_next(page):
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda path: path.stem)
 def test_tutorial_says_what_it_needs_and_how_long_it_runs(page):
     top = prose(page)[:700]
-    assert re.search(r'Needs `pip install "ggn_nb\[[\w,]+\]"`; runs in about \d+ seconds\.', top)
+    stated = re.search(r'Needs `pip install "ggn_nb\[[\w,]+\]"`; runs in about (\d+) seconds\.', top)
+    entry = prose(NBS / "tutorials/index.ipynb").split(f"]({page.name})", 1)[1]
+    assert re.search(r"Runs in about (\d+) seconds", entry)[1] == stated[1]
 
 
 def test_readme_is_legible_on_pypi():
