@@ -123,8 +123,7 @@ class DenseBlocks(Operator):
         return self.treedef.unflatten(self.leaves)
 
     def multiply(self, vec: Any) -> Any:
-        times = lambda block, part: matmul(block, part)
-        parts = map(times, self.blocks, self.split(vec))
+        parts = map(matmul, self.blocks, self.split(vec))
         return cast_like(self.join(list(parts)), self.structure)
 
     def split(self, vec: Any) -> list[jax.Array]:

@@ -36,3 +36,8 @@ def zero_below(eigenvalues: jax.Array) -> jax.Array:
     "Eigenvalues of at most this size cannot be told from zero"
     eps = jnp.finfo(eigenvalues.dtype).eps
     return len(eigenvalues) * eps * jnp.max(jnp.abs(eigenvalues))
+
+
+def without_noise(eigenvalues: jax.Array, noise: jax.Array) -> jax.Array:
+    "Eigenvalues that are negative by no more than `noise` are zero"
+    return jnp.where(eigenvalues >= -noise, jnp.maximum(eigenvalues, 0), eigenvalues)

@@ -16,17 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..layers.dense_blocks import DenseBlocks
-from ..layers.eigh import symmetric_eigh, zero_below
+from ..layers.eigh import symmetric_eigh, without_noise, zero_below
 from .closed_forms import ClosedForms, closed_forms
 from .matrix_functions import INVERSE_ROOT, times_function
 from ..losses.weights import raise_faults
 from ..tools.arrays import matmul, register_pytree, working_dtype
-
-# %% ../../nbs/linalg/03_block_diagonal.ipynb #1fa03006
-def _without_noise(eigenvalues: jax.Array) -> jax.Array:
-    "Negative eigenvalues that cannot be told from zero are zero"
-    is_noise = eigenvalues > -zero_below(eigenvalues)
-    return jnp.where(is_noise, jnp.maximum(eigenvalues, 0), eigenvalues)
 
 # %% ../../nbs/linalg/03_block_diagonal.ipynb #1fa03007
 @partial(register_pytree, data_fields=("operator", "eigenvalues", "vectors"), meta_fields=())
@@ -95,4 +89,5 @@ def _forms_of_blocks(operator: DenseBlocks) -> BlockForms:
     "One eigendecomposition a block"
     pairs = [symmetric_eigh(block, f"blocks[{i}]") for i, block in enumerate(operator.blocks)]
     values, vectors = zip(*pairs, strict=True)
-    return BlockForms(operator, tuple(map(_without_noise, values)), vectors)
+    clean = tuple(without_noise(eigenvalues, zero_below(eigenvalues)) for eigenvalues in values)
+    return BlockForms(operator, clean, vectors)

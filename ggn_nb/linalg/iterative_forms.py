@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from ..layers.blocks import BlockDiagonal
+from ..layers.eigh import without_noise
 from .block_conjugate_gradients import block_round
 from ggn_nb.linalg.closed_forms import (
     ClosedForms, MatrixForms, Solution, closed_forms, widen_structure,
@@ -95,9 +96,7 @@ def _read_spectrum(operator: Operator, damping: Any) -> tuple[Callable, jax.Arra
     "What sets eigenvalues of M that only rounding makes negative to 0; and δ, if one number"
     leaves, rounding = jax.tree.leaves(damping), default_tolerance(FlatProduct(operator))
     number = leaves[0] if len(leaves) == 1 and not leaves[0].shape else None
-    def clip(x):
-        is_noise = operator.is_psd & (jnp.abs(x) <= rounding * jnp.max(jnp.abs(x)))
-        return jnp.where(is_noise, jnp.maximum(x, 0), x)
+    clip = lambda x: without_noise(x, rounding * jnp.max(jnp.abs(x))) if operator.is_psd else x
     return clip, number
 
 
