@@ -32,7 +32,7 @@ from ..losses.weights import raise_faults
 from ..operators.fisher import check_key, check_one_key
 from ..operators.operator import Operator, check_vectors, register_operator
 from ..operators.samples import cast_like, widen
-from ..tools.arrays import is_traced
+from ..tools.arrays import is_traced, matmul
 from ..tools.checks import check_choice, check_like, check_size
 from ..tools.programs import program
 
@@ -523,12 +523,25 @@ def _pairs_by_products(
         find = _by_lobpcg if multiply.operator.traceable else lobpcg_eigenpairs
         values, vectors = find(multiply, k, which, tolerance, max_steps, key)
         return _Pairs(values, vectors, jnp.max(jnp.abs(values)), jnp.array(True))
-    size = min(multiply.size, max(2 * k + 10, 30))
+    size = min(multiply.size, max(2 * k + 1, 20))
     found = lanczos_eigenpairs(multiply, k, which, size, tolerance, max_steps, key)
     ended = found.done | (found.errors <= tolerance)
     return _Pairs(found.values, found.basis.vectors, found.scale, ended)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a12
+@program
+def _seen_at_once(multiply: FlatProduct, pairs: _Pairs) -> tuple[Any, jax.Array]:
+    "The eigenvectors; the residual of their sum with random signs, relative"
+    vectors = pairs.vectors[: len(pairs.values)]
+    signs = jax.random.rademacher(jax.random.key(0), pairs.values.shape, vectors.dtype)
+    left = multiply(matmul(signs, vectors)) - matmul(signs * pairs.values, vectors)
+    return jax.vmap(multiply.tree)(vectors), _relative(jnp.linalg.norm(left), pairs)
+
+
+def _relative(residuals: jax.Array, pairs: _Pairs) -> jax.Array:
+    return residuals / jnp.maximum(pairs.scale, jnp.finfo(residuals.dtype).tiny)
+
+
 @program
 def _looked_over(
     multiply: FlatProduct, pairs: _Pairs, enough: jax.Array
@@ -536,8 +549,7 @@ def _looked_over(
     "Eigenvalues and vectors with their derivatives, NaN if not found; the true residuals, relative"
     vectors = pairs.vectors[: len(pairs.values)]
     images = multiply.many(vectors)
-    residuals = row_norms(images - pairs.values[:, None] * vectors)
-    residuals = residuals / jnp.maximum(pairs.scale, jnp.finfo(residuals.dtype).tiny)
+    residuals = _relative(row_norms(images - pairs.values[:, None] * vectors), pairs)
     slopes = jnp.sum(images * vectors, axis=1)
     values = pairs.values + slopes - jax.lax.stop_gradient(slopes)
     found = pairs.ended & (residuals <= enough)
@@ -593,8 +605,8 @@ def eigsh(
     Raises:
 
     - `ValueError`: a `k` that is too large; pairs that were not found in `max_steps`, or whose true
-      residuals, by one more product with each, exceed the tolerance, as those of a matrix that is
-      not symmetric. Inside compiled functions, where none of that, nor the rank of a `Gram` matrix
+      residuals, by further products, exceed the tolerance, as those of a matrix that is not
+      symmetric. Inside compiled functions, where none of that, nor the rank of a `Gram` matrix
       is known, their eigenvectors are NaN.
     - `TypeError`: no operator, or a `k` that is no whole number.
 
@@ -640,8 +652,12 @@ def _eigsh_by_products(
     traceable = multiply.operator.traceable
     alone = jax.lax.stop_gradient(multiply) if is_traced(multiply) else multiply
     pairs = _pairs_by_products(alone, k, which, method, reach, most, jnp.asarray(key))
-    look = _looked_over if traceable else _looked_over.__wrapped__
-    values, vectors, residuals = look(multiply, pairs, enough)
+    at_once, each = _seen_at_once, _looked_over
+    if not traceable: at_once, each = at_once.__wrapped__, each.__wrapped__
+    if not is_traced((multiply, pairs)):
+        vectors, residual = at_once(multiply, pairs)
+        if jnp.all(pairs.ended) and residual <= enough: return pairs.values, vectors
+    values, vectors, residuals = each(multiply, pairs, enough)
     _check_pairs(most, enough, pairs.ended, residuals)
     return values, vectors
 
