@@ -99,6 +99,12 @@ def test_predictions_of_one_number_and_targets_of_seven():
             create_ggn_mv(lambda input, params: input @ params, jnp.ones((2, 1)), data, "mse", vmap_over_data=vmapped)
 
 
+def test_integers_and_truth_values_are_numbers_of_the_squared_error():
+    loss = create_loss("mse")
+    assert_close(loss.value(jnp.array([3.0, 0.0, 1.0]), jnp.array([2, 2, 1])), jnp.array([1.0, 4.0, 0.0]))
+    assert_close(loss.value(jnp.array(3.0), True), jnp.array(4.0))
+
+
 def test_a_head_has_its_target_checked_and_no_loss_has_none():
     loss = multi_head({"a": "mse", "b": "none"})
     f = {"a": F, "b": F}
