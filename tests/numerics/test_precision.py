@@ -194,6 +194,13 @@ def test_cross_entropy_of_extreme_logits(dtype, logits, p):
 
 
 @dtypes
+def test_value_and_gradient_of_cross_entropy_at_extreme_logits(dtype):
+    f, label = jnp.asarray([[1e4, 0.0, -1e4], [1e4, 0.0, -1e4], [-1e4, 0.0, 1e4]], dtype), jnp.array([2, 0, 1])
+    assert_close(cross_entropy().value(f, label), jnp.asarray([2e4, 0.0, 1e4], dtype))
+    assert_close(cross_entropy().gradient(f, label), jnp.asarray([[1, 0, -1], [0, 0, 0], [0, -1, 1]], dtype))
+
+
+@dtypes
 def test_binary_cross_entropy_of_extreme_logits(dtype):
     f, v = jnp.asarray([1e4, -1e4, 0.0], dtype), jnp.asarray([1.0, -2.0, 3.0], dtype)
     for mv in (binary_cross_entropy().hessian_mv, create_loss_hessian_mv("binary_cross_entropy")):
