@@ -332,6 +332,7 @@ NUMBERS = table(
     *[(f"label {label}", cross_entropy(), np.array([0, label]), "labels from 0 to C − 1") for label in (3, -1, 99)],
     ("no distribution", cross_entropy(), np.zeros((2, 3), int), "sum to 1"),
     ("sum of two", cross_entropy(), np.full((2, 3), 2 / 3), "sum to 1"),
+    ("no number", cross_entropy(), np.full((2, 3), np.nan), "sum to 1"),
     ("negative mass", cross_entropy(), np.array([[2.0, -1.0, 0.0], [0.0, 1.0, 0.0]]), "numbers ≥ 0"),
     *[(f"probability {y}", binary_cross_entropy(pos_weight=2.0), np.full((2, 3), y), r"labels in \[0, 1\]") for y in (1.5, -0.5, np.nan)],
 )

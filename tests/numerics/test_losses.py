@@ -6,6 +6,7 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import ggn_nb.losses
 from ggn_cases import run_cases
 from ggn_nb import CustomLoss, Loss, create_ggn_mv, create_loss, multi_head, verify
 from ggn_nb.losses.closed_form import registered_losses, registered_rows
+from ggn_nb.losses.common import loss_results
 from ggn_nb.losses.custom import HessianOnly
 from ggn_nb.losses.table import evaluate_row, row_cells
 from ggn_nb.tools.testing import assert_close, dense_from_mv
@@ -231,6 +233,7 @@ def test_fisher_information_of_vectors(name):
         density = stats.norm.pdf(y, f[0], jnp.exp(f[1] / 2)) * (y[1] - y[0])
     scores = jax.vmap(lambda y: loss.gradient(f, y))(y)
     assert loss.is_fisher
+    assert_close(density @ scores, jnp.zeros(2), atol=1e-10)
     assert_close(dense_from_mv(lambda u: loss.hessian_mv(u, f), f), jnp.einsum("n,ni,nj->ij", density, scores, scores), rtol=1e-8, atol=1e-10)
 
 
@@ -542,7 +545,45 @@ def test_mean_with_class_weights():
     w = np.where(np.asarray(y) >= 0, np.asarray(CLASSES)[np.asarray(y) % 3], 0)
     plain = np.array([-jax.nn.log_softmax(f)[i, c] for i, c in enumerate(np.asarray(y) % 3)])
     expected = np.sum(np.where(w > 0, w * plain, 0)) / w.sum()
-    assert_close(create_loss("cross_entropy", class_weight=CLASSES).total(f, y, reduction="mean"), jnp.asarray(expected))
+    loss = create_loss("cross_entropy", class_weight=CLASSES)
+    assert_close(loss.total(f, y, reduction="mean"), jnp.asarray(expected))
+    assert_close(loss.weight_sum(f, y), jnp.asarray(w.sum()))
+    w = w * (sample := np.linspace(0.5, 2, 6))
+    assert_close(loss.total(f, y, weight=sample, reduction="mean"), jnp.asarray(np.sum(np.where(w > 0, w * plain, 0)) / w.sum()))
+
+
+def test_derivatives_by_class_weights():
+    """The loss is linear in them: the derivative is the loss of the class, at weight 0 too, where the class has no curvature."""
+    f, u, y, _ = draw(VARIANTS["cross entropy"], (7,), 0)
+    classes = jnp.array([0.5, 2.0, 0.0])
+    slope = jax.jit(jax.grad(lambda w: CE(class_weight=w).total(f, y)))(classes)
+    assert_close(slope, jnp.zeros(3).at[y].add(CE().value(f, y)), rtol=1e-14)
+    by_root = jax.jit(jax.grad(lambda w: jnp.sum(CE(class_weight=w).square_root_mv(u, f, y))))(classes)
+    assert bool(jnp.all(jnp.isfinite(by_root)))
+    assert_close(CE(class_weight=classes).hessian_mv(u, f, jnp.full(7, 2)), jnp.zeros((7, 3)))
+
+
+def test_ignored_and_masked_logits_with_all_options():
+    f, u, y, _ = draw(VARIANTS["cross entropy"], (7,), 1)
+    mask, full = np.arange(7) != 2, np.array([0.0, 1, 0, 1, 1, 1, 1])
+    loss = CE(class_weight=CLASSES, label_smoothing=0.2)
+    total = lambda f: jnp.sum(full * weighted_cross_entropy(f, y, CLASSES, 0.2))
+    bad_f, bad_y = f.at[0].set(jnp.inf), y.at[0].set(-100).at[2].set(77)
+    assert_close(loss.total(bad_f, bad_y, mask=mask), total(f), rtol=1e-14)
+    by_jvp = jax.jit(lambda f, u: jax.jvp(jax.grad(total), (f,), (u,))[1])(f, u)
+    assert_close(loss.hessian_mv(u, bad_f, bad_y, mask=mask), by_jvp, rtol=1e-13)
+    assert_close(CE(ignore_index=1).value(f, jnp.full(7, 1)), jnp.zeros(7))
+
+
+def test_images_with_all_options():
+    """(B, C, H, W) against the same numbers with the classes last, whole and one by one."""
+    rng = np.random.default_rng(0)
+    u, f = jnp.asarray(rng.standard_normal((2, 2, 3, 4, 2)))
+    y, last = jnp.asarray(rng.integers(0, 3, (2, 4, 2))), lambda x: jnp.moveaxis(x, -3, -1)
+    here, there = (partial(loss_results, CE(axis=axis, class_weight=CLASSES, label_smoothing=0.2)) for axis in (-3, -1))
+    got, want = jax.jit(here)(u, f, y), jax.jit(there)(last(u), last(f), y)
+    assert_close(jax.jit(jax.vmap(here))(u, f, y), got, rtol=1e-14)
+    assert_close({name: a if name == "value" else last(a) for name, a in got.items()}, want, rtol=1e-14)
 
 
 @pytest.mark.parametrize("axis", [-3, 1, -1, 3])

@@ -194,6 +194,13 @@ def test_cross_entropy_of_extreme_logits(dtype, logits, p):
 
 
 @dtypes
+def test_value_and_gradient_of_cross_entropy_at_extreme_logits(dtype):
+    f, label = jnp.asarray([[1e4, 0.0, -1e4], [1e4, 0.0, -1e4], [-1e4, 0.0, 1e4]], dtype), jnp.array([2, 0, 1])
+    assert_close(cross_entropy().value(f, label), jnp.asarray([2e4, 0.0, 1e4], dtype))
+    assert_close(cross_entropy().gradient(f, label), jnp.asarray([[1, 0, -1], [0, 0, 0], [0, -1, 1]], dtype))
+
+
+@dtypes
 def test_binary_cross_entropy_of_extreme_logits(dtype):
     f, v = jnp.asarray([1e4, -1e4, 0.0], dtype), jnp.asarray([1.0, -2.0, 3.0], dtype)
     for mv in (binary_cross_entropy().hessian_mv, create_loss_hessian_mv("binary_cross_entropy")):
@@ -204,8 +211,12 @@ def test_binary_cross_entropy_of_extreme_logits(dtype):
 
 @dtypes
 def test_mse_of_extreme_predictions(dtype):
-    f, v = jnp.asarray([1e4, -1e4], dtype), jnp.asarray([1.0, -2.0], dtype)
-    assert_close(mse().hessian_mv(v, f), jnp.asarray([2.0, -4.0], dtype))
+    f, v = jnp.asarray([1e4, -1e4, 1e4], dtype), jnp.asarray([1.0, -2.0, 0.5], dtype)
+    y = jnp.asarray([-1e4, -1e4, 0.0], dtype)
+    assert_close(mse().hessian_mv(v, f), jnp.asarray([2.0, -4.0, 1.0], dtype))
+    assert_close(mse().value(f, y), jnp.asarray([4e8, 0.0, 1e8], dtype))
+    for slope in (mse().gradient(f, y), jax.grad(mse().total)(f, y)):
+        assert_close(slope, jnp.asarray([4e4, 0.0, 2e4], dtype))
 
 
 @pytest.mark.parametrize("gap", [0.5, 10.0, 40.0, 80.0])

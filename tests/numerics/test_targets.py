@@ -99,6 +99,12 @@ def test_predictions_of_one_number_and_targets_of_seven():
             create_ggn_mv(lambda input, params: input @ params, jnp.ones((2, 1)), data, "mse", vmap_over_data=vmapped)
 
 
+def test_integers_and_truth_values_are_numbers_of_the_squared_error():
+    loss = create_loss("mse")
+    assert_close(loss.value(jnp.array([3.0, 0.0, 1.0]), jnp.array([2, 2, 1])), jnp.array([1.0, 4.0, 0.0]))
+    assert_close(loss.value(jnp.array(3.0), True), jnp.array(4.0))
+
+
 def test_a_head_has_its_target_checked_and_no_loss_has_none():
     loss = multi_head({"a": "mse", "b": "none"})
     f = {"a": F, "b": F}
@@ -143,6 +149,28 @@ def test_a_target_outside_of_the_domain_is_nan_under_jit_and_nothing_else_is(nam
         assert_close(compiled(f, outside), compiled(f, inside))
 
 
+# Labels and distributions
+
+
+HOT = np.eye(3)[LABELS]
+SAME = {"small": np.uint8(LABELS), "of NumPy": np.asarray(LABELS), "one-hot": HOT, "truth values": HOT.astype(bool), "whole numbers": HOT.astype(int), "half": HOT.astype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_kinds_of_labels(kind):
+    """Of any integer dtype, and as one-hot vectors of any dtype, with all options at once."""
+    loss, same = create_loss("cross_entropy", class_weight=jnp.array([0.5, 2.0, 1.0]), label_smoothing=0.2), SAME[kind]
+    for of in (loss.value, loss.gradient, loss.weight_sum, lambda f, y: loss.hessian_mv(U, f, y)):
+        assert_close(of(F, same), of(F, LABELS), rtol=1e-14)
+
+
+def test_distributions_in_half_precision_are_valid():
+    """Their sums are off by a few thousandths."""
+    half = SOFT.astype(jnp.bfloat16)
+    assert float(jnp.max(jnp.abs(half.astype(float).sum(axis=1) - 1))) > 1e-3
+    assert not any(bool(present) for present in create_loss("cross_entropy").faults(F, half).values())
+
+
 # Labels that fit several axes
 
 
@@ -154,6 +182,8 @@ def test_labels_that_fit_several_axes_need_the_axis(shape):
         for stated in (-1, 2, -2):
             if shape[:stated] + shape[stated:][1:] == labels.shape:
                 call(create_loss("cross_entropy", axis=stated))
+                last = create_loss("cross_entropy", axis=-1).value(jnp.moveaxis(f, stated, -1), labels)
+                assert_close(create_loss("cross_entropy", axis=stated).value(f, labels), last)
         if len(fits) == 1:
             call(create_loss("cross_entropy"))
         else:
