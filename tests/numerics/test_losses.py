@@ -614,6 +614,42 @@ def test_scales_of_laplace():
         loss.value(f, f.at[0].set(jnp.inf))
 
 
+def test_weights_of_nested_heads():
+    """A head that has heads of its own takes its tree of weights; a product is weighted like a value."""
+    loss = multi_head({"box": "mse", "label": "cross_entropy"}, {"box": 0.5, "label": 2.0})
+    f, w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4))), jnp.array([0.0, 1.0, 2.0])
+    pred, target, of_heads = {"box": f, "label": f}, {"box": 0 * f, "label": jnp.array([0, 3, 2])}, {"box": None, "label": w}
+    weighted = loss.value(pred, target, weight=of_heads)
+    plain = loss.hessian_mv(pred, pred, target)
+    assert_close(loss.hessian_mv(pred, pred, target, weight=of_heads), {"box": plain["box"], "label": w[:, None] * plain["label"]})
+    nested = multi_head({"first": loss})
+    assert_close(nested.value({"first": pred}, {"first": target}, weight={"first": of_heads}), {"first": weighted})
+
+
+HEADS = multi_head({"box": "mse", "label": "cross_entropy"})
+BOTH_HEADS, THEIR_TARGETS = {"box": jnp.ones((3, 4)), "label": jnp.ones((3, 5))}, {"box": jnp.ones((3, 4)), "label": jnp.zeros(3, int)}
+WRONG_HEADS = {
+    "pred: got heads": lambda: HEADS.total({"box": jnp.ones((3, 4))}, THEIR_TARGETS),
+    "target: got heads": lambda: HEADS.total(BOTH_HEADS, {"box": 1, "class": 2}),
+    "jv: got heads": lambda: HEADS.hessian_mv([1.0, 2.0], BOTH_HEADS),
+    "u: got heads": lambda: HEADS.square_root_mv([1.0, 2.0], BOTH_HEADS),
+    "v: got heads": lambda: HEADS.square_root_transpose_mv([1.0, 2.0], BOTH_HEADS),
+    "weight: got heads": lambda: HEADS.total(BOTH_HEADS, THEIR_TARGETS, weight={"box": jnp.ones(3)}),
+    "mask: got heads": lambda: HEADS.total(BOTH_HEADS, THEIR_TARGETS, mask={"box": jnp.ones(3, bool)}),
+    "weights: got heads": lambda: multi_head({"a": "mse"}, {"b": 1.0}),
+    "weights: got -1.0": lambda: multi_head({"a": "mse"}, {"a": -1.0}),
+    "Unsupported loss function provided": lambda: multi_head({"a": "hinge"}),
+    "losses: got no heads": lambda: multi_head({}),
+    "losses: got no heads, expected": lambda: multi_head({"a": {}, "b": []}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_HEADS)
+def test_wrong_heads_are_refused(message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        WRONG_HEADS[message]()
+
+
 @pytest.mark.parametrize("axis", [-3, 1, -1, 3])
 def test_class_axis(axis):
     """Segmentation, (B, C, H, W) or (B, H, W, C)."""
