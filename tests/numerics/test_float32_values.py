@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_nb import create_loss
+from ggn_nb.losses.binary_cross_entropy import binary_cross_entropy_value
 from ggn_nb.losses.closed_form import registered_losses, registered_rows
 from ggn_nb.tools.testing import dense_from_mv
 
@@ -140,6 +141,36 @@ def test_binary_cross_entropy_where_the_probability_is_near_one(f, y):
     want = np.log1p(off), -off / (1 + off) if y == 1 else off / (1 + off)
     for got, exact in zip((loss.value(*at), loss.gradient(*at)), want):
         assert abs(float(got) / exact - 1) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_binary_cross_entropy_of_certain_labels(dtype):
+    """Right or wrong with certainty, at ±10⁴: exact values and slopes, by the formula, by JAX, and of the loss."""
+    f, y = jnp.array([1e4, 1e4, -1e4, -1e4], dtype), jnp.array([1, 0, 1, 0], dtype)
+    loss, size = create_loss("binary_cross_entropy"), float(f[0])
+    value, slope = jax.vmap(jax.value_and_grad(binary_cross_entropy_value))(f, y)
+    for got in (value, loss.value(f, y)):
+        assert got.dtype == dtype
+        assert got.tolist() == [0, size, size, 0]
+    for got in (slope, loss.gradient(f, y), jax.grad(loss.total)(f, y)):
+        assert got.dtype == dtype
+        assert got.tolist() == [0, 1, -1, 0]
+
+
+def test_root_of_binary_cross_entropy():
+    """S² agrees with H for as long as H is a float32 number."""
+    loss, f = create_loss("binary_cross_entropy"), jnp.linspace(-86, 86, 1001, dtype=jnp.float32)
+    one = jnp.ones_like(f)
+    np.testing.assert_allclose(loss.square_root_mv(one, f) ** 2 / loss.hessian_mv(one, f), 1, rtol=4e-6)
+
+
+def test_derivative_of_the_curvature_of_binary_cross_entropy():
+    """p (1 − p) (1 − 2p), and zero, not NaN, far out."""
+    loss, f = create_loss("binary_cross_entropy"), jnp.array([-3.0, -0.2, 0.0, 1.5, 1e4, -1e4])
+    p = jax.nn.sigmoid(f)
+    slope = jax.grad(lambda f: jnp.sum(loss.hessian_mv(jnp.ones_like(f), f)))(f)
+    np.testing.assert_allclose(slope, p * (1 - p) * (1 - 2 * p), rtol=1e-14, atol=1e-17)
+    assert slope[4:].tolist() == [0, 0]
 
 
 # Cross-entropy: S and its transpose at confident classes, and H of a vector with a large constant

@@ -586,6 +586,111 @@ def test_images_with_all_options():
     assert_close({name: a if name == "value" else last(a) for name, a in got.items()}, want, rtol=1e-14)
 
 
+def test_binary_cross_entropy_is_that_of_two_classes():
+    """One of them has the logit zero. `pos_weight` is the weight of the other class, `class_weight` that of the position."""
+    f, u = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5)))
+    y, c = jnp.array([0, 1, 1, 0, 1]), jnp.array([1.0, 2.0, 0.5, 3.0, 0.0])
+    beside_zero = lambda a: jnp.stack([jnp.zeros_like(a), a], axis=-1)
+    plain, two = create_loss("binary_cross_entropy"), create_loss("cross_entropy")
+    assert_close(plain.value(f, y), two.value(beside_zero(f), y), rtol=1e-14)
+    assert_close(plain.hessian_mv(u, f), two.hessian_mv(beside_zero(u), beside_zero(f))[:, 1], rtol=1e-14)
+    weighted = create_loss("binary_cross_entropy", pos_weight=4.0, class_weight=c)
+    classes = create_loss("cross_entropy", class_weight=jnp.array([1.0, 4.0]))
+    assert_close(weighted.value(f, y), classes.value(beside_zero(f), y, weight=c), rtol=1e-14)
+    product = classes.hessian_mv(beside_zero(u), beside_zero(f), y, weight=c)
+    assert_close(weighted.hessian_mv(u, f, y), product[:, 1], rtol=1e-14)
+
+
+def test_many_binary_labels():
+    """Weights for each of the labels fit the samples under `jax.vmap`; truth values, integers and numbers are the same labels."""
+    loss = create_loss("binary_cross_entropy", pos_weight=CLASSES, class_weight=CLASSES[::-1])
+    f, u, _, rng = draw(VARIANTS["binary, labels"], (4,), 6)
+    y = jnp.asarray(rng.integers(0, 2, (4, 3))).astype(float)
+    by_hand = lambda f: binary(f, y, CLASSES, CLASSES[::-1])
+    product = jax.jvp(jax.grad(lambda f: by_hand(f).sum()), (f,), (u,))[1]
+    assert_close(jax.vmap(loss.hessian_mv)(u, f, y), product, rtol=1e-14)
+    for dtype in (float, int, bool, jnp.uint8, jnp.float32):
+        assert_close(loss.hessian_mv(u, f, y.astype(dtype)), product, rtol=1e-14)
+        assert_close(loss.value(f, y.astype(dtype)), by_hand(f), rtol=1e-14)
+    with pytest.raises(ValueError, match="target: got values that binary_cross_entropy does not take"):
+        loss.value(f, y.astype(int) + 1)
+    with pytest.raises(ValueError, match="target: got None, expected one"):
+        loss.hessian_mv(u, f)
+
+
+def test_what_of_binary_cross_entropy_needs_no_label():
+    f, u = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3)))
+    for loss, use in ((create_loss("binary_cross_entropy", pos_weight=2.0), "required"), (create_loss("binary_cross_entropy", class_weight=2.0), "unused")):
+        assert loss.target_use == use
+    loss = create_loss("binary_cross_entropy")
+    assert loss.target_use == "unused"
+    assert_close(loss.hessian_mv(u, f, jnp.full(3, -1.0)), loss.hessian_mv(u, f))
+
+
+def test_weights_of_binary_labels_are_differentiated():
+    f, y = jnp.asarray(np.random.default_rng(0).standard_normal(3)), jnp.array([1.0, 0.0, 0.3])
+    slope = jax.grad(lambda w: create_loss("binary_cross_entropy", pos_weight=w).total(f, y))(CLASSES)
+    assert_close(slope, y * jax.nn.softplus(-f), rtol=1e-14)
+
+
+@pytest.mark.parametrize(("option", "value"), [("pos_weight", -1.0), ("class_weight", jnp.inf)])
+def test_weights_of_binary_labels_are_refused(option, value):
+    with pytest.raises(ValueError, match=f"{option}: got {value}, expected finite numbers ≥ 0"):
+        create_loss("binary_cross_entropy", **{option: value})
+
+
+def test_scales_of_laplace():
+    """One for each entry of the last axis, and residuals of ±10⁴."""
+    scale = jnp.array([0.1, 0.5, 10.0])
+    loss, f, u = create_loss("laplace", scale=scale), jnp.array([1e4, -1e4, 3.0]), jnp.array([1.0, -2.0, 0.5])
+    assert_close(loss.hessian_mv(u, f), u / scale**2, rtol=1e-14)
+    for dtype in ("float64", "float32"):
+        far = f[:2].astype(dtype)
+        assert create_loss("laplace", scale=0.5).value(far, 0 * far).tolist() == [2e4, 2e4]
+    with pytest.raises(ValueError, match="scale: got shape"):
+        loss.value(jnp.ones((4, 2)), jnp.ones((4, 2)))
+    with pytest.raises(ValueError, match="scale: got 0.0, expected finite numbers > 0"):
+        create_loss("laplace", scale=0.0)
+    with pytest.raises(ValueError, match="target: got values that laplace does not take, expected finite real numbers"):
+        loss.value(f, f.at[0].set(jnp.inf))
+
+
+def test_weights_of_nested_heads():
+    """A head that has heads of its own takes its tree of weights; a product is weighted like a value."""
+    loss = multi_head({"box": "mse", "label": "cross_entropy"}, {"box": 0.5, "label": 2.0})
+    f, w = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4))), jnp.array([0.0, 1.0, 2.0])
+    pred, target, of_heads = {"box": f, "label": f}, {"box": 0 * f, "label": jnp.array([0, 3, 2])}, {"box": None, "label": w}
+    weighted = loss.value(pred, target, weight=of_heads)
+    plain = loss.hessian_mv(pred, pred, target)
+    assert_close(loss.hessian_mv(pred, pred, target, weight=of_heads), {"box": plain["box"], "label": w[:, None] * plain["label"]})
+    nested = multi_head({"first": loss})
+    assert_close(nested.value({"first": pred}, {"first": target}, weight={"first": of_heads}), {"first": weighted})
+
+
+HEADS = multi_head({"box": "mse", "label": "cross_entropy"})
+BOTH_HEADS, THEIR_TARGETS = {"box": jnp.ones((3, 4)), "label": jnp.ones((3, 5))}, {"box": jnp.ones((3, 4)), "label": jnp.zeros(3, int)}
+WRONG_HEADS = {
+    "pred: got heads": lambda: HEADS.total({"box": jnp.ones((3, 4))}, THEIR_TARGETS),
+    "target: got heads": lambda: HEADS.total(BOTH_HEADS, {"box": 1, "class": 2}),
+    "jv: got heads": lambda: HEADS.hessian_mv([1.0, 2.0], BOTH_HEADS),
+    "u: got heads": lambda: HEADS.square_root_mv([1.0, 2.0], BOTH_HEADS),
+    "v: got heads": lambda: HEADS.square_root_transpose_mv([1.0, 2.0], BOTH_HEADS),
+    "weight: got heads": lambda: HEADS.total(BOTH_HEADS, THEIR_TARGETS, weight={"box": jnp.ones(3)}),
+    "mask: got heads": lambda: HEADS.total(BOTH_HEADS, THEIR_TARGETS, mask={"box": jnp.ones(3, bool)}),
+    "weights: got heads": lambda: multi_head({"a": "mse"}, {"b": 1.0}),
+    "weights: got -1.0": lambda: multi_head({"a": "mse"}, {"a": -1.0}),
+    "Unsupported loss function provided": lambda: multi_head({"a": "hinge"}),
+    "losses: got no heads": lambda: multi_head({}),
+    "losses: got no heads, expected": lambda: multi_head({"a": {}, "b": []}),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_HEADS)
+def test_wrong_heads_are_refused(message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        WRONG_HEADS[message]()
+
+
 @pytest.mark.parametrize("axis", [-3, 1, -1, 3])
 def test_class_axis(axis):
     """Segmentation, (B, C, H, W) or (B, H, W, C)."""
