@@ -31,8 +31,9 @@ from ggn_nb import (
     trace,
 )
 from ggn_nb.linalg.block_conjugate_gradients import orthonormal_rows
-from ggn_nb.linalg.lanczos import Basis
+from ggn_nb.linalg.lanczos import Basis, nothing_beyond
 from ggn_nb.linalg.lanczos_functions import first_coefficients
+from ggn_nb.linalg.products import FlatProduct
 from ggn_nb.tools.equations import equations_of
 from ggn_nb.tools.testing import assert_close
 from ggn_nb.tools.timing import count_compiles
@@ -343,6 +344,50 @@ def test_spectra(dtype):
             assert np.abs({"LA": -values, "SA": values, "LM": -np.abs(values)}[which] - expected).max() < small * scale
             assert np.abs(vectors @ vectors.T - np.eye(k)).max() < small
             assert np.linalg.norm(M @ vectors.T - vectors.T * values, axis=0).max() < max(small, 3e-13) * scale
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_copies_are_found(seed):
+    """Random spectra of both signs, with copies among the wanted, from all ends; P is larger than the first basis."""
+    rng = np.random.default_rng(seed)
+    d = rng.normal(size=200) ** 3
+    ranks = np.argsort(-np.abs(d))
+    d[ranks[40:45]] = d[ranks[:5]]  # copies of the five largest
+    for dtype, small in (("float64", 1e-11), ("float32", 2e-4)):
+        A, _ = turned(d, dtype)
+        for which, wanted in (("LA", -np.sort(-d)), ("SA", np.sort(d)), ("LM", d[np.argsort(-np.abs(d), stable=True)])):
+            values, vectors = (np.asarray(x, np.float64) for x in eigsh(A, 6, which=which, key=random.key(seed)))
+            assert np.abs(np.sort(values) - np.sort(wanted[:6])).max() < small * np.abs(d).max(), which
+            assert np.abs(vectors @ vectors.T - np.eye(6)).max() < 10 * small
+
+
+def test_what_a_look_outside_says():
+    """Of 300 random starts and bounds: the component on what is beyond the bound is at most 1 / growth."""
+    d = np.r_[np.linspace(-1, 1, 60), 1.2]
+    empty = Basis(jnp.zeros((2, 61)), jnp.zeros((1, 1)), jnp.zeros(()))
+    A = FlatProduct(Diagonal(jnp.asarray(d)))
+    look = jax.jit(jax.vmap(lambda bound, key: nothing_beyond(A, empty, jnp.array([bound, jnp.inf]), 60, key)))
+    keys, bounds = random.split(random.key(0), 300), np.linspace(1.05, 2.0, 300)
+    complete, products = look(bounds, keys)
+    assert (np.asarray(complete) == (bounds > 1.2)).all() and products.max() < 60
+    assert np.polyfit(bounds[bounds > 1.25], products[bounds > 1.25], 1)[0] < 0  # the farther, the fewer
+
+
+def test_a_few_products_are_enough_where_the_spectrum_falls():
+    """A basis of 20, a look outside, and one product for the residuals of all ten pairs."""
+    products = []
+
+    class Counted(Turned):
+        def multiply(self, vec):
+            jax.debug.callback(lambda: products.append(1))
+            return Turned.multiply(self, vec)
+
+    d = np.r_[2.0 ** -np.arange(30), np.zeros(470)]
+    turned_matrix, _ = turned(d, "float32")
+    values, _ = eigsh(register_operator(Counted)(turned_matrix.matrix), 9, tolerance=1e-4)
+    jax.effects_barrier()
+    assert_close(np.asarray(values, np.float64), d[:9], atol=1e-4)
+    assert 20 < len(products) < 30, len(products)
 
 
 def test_a_matrix_of_one_number():
