@@ -99,6 +99,11 @@ ROWS = [
     ('student_t', {'df': 10000000000.0, 'scale': 1.0}, 0.0, 0, 0.91893853323, 0.0),
     ('student_t', {'df': 10000000000.0, 'scale': 0.25}, 0.75, 0, 4.03264417053, 9.0),
     ('student_t', {'df': 10000000000.0, 'scale': 1.0}, 1e+30, 0, 575646273307.0, 10000000000.0),
+    ('gaussian', {'scale': 1e-14}, 10000.0, 0, 5e+35, 1e+36),
+    ('gaussian', {'scale': 1e-14}, -10000.0, 0, 5e+35, 1e+36),
+    ('heteroscedastic_gaussian', {}, (10000.0, 80.0), 0, 40.9189385332, 40.0),
+    ('heteroscedastic_gaussian', {}, (0.0, -80.0), 0, -39.0810614668, 40.0),
+    ('heteroscedastic_gaussian', {}, (1e+25, 120.0), 0, 60.9227723572, 60.0),
 ]
 
 
@@ -171,6 +176,16 @@ def test_derivative_of_the_curvature_of_binary_cross_entropy():
     slope = jax.grad(lambda f: jnp.sum(loss.hessian_mv(jnp.ones_like(f), f)))(f)
     np.testing.assert_allclose(slope, p * (1 - p) * (1 - 2 * p), rtol=1e-14, atol=1e-17)
     assert slope[4:].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("s", [-80.0, -1.0, 0.0, 2.0, 80.0])
+def test_fisher_products_of_extreme_variances(s):
+    """Each entry by itself, for log-variances whose exponentials are near the ends of float32."""
+    f, u = np.float32([[0.3, s], [-2.0, s]]), np.float32([[1.7, 0.6], [-0.1, 3.0]])
+    got = create_loss("heteroscedastic_gaussian").hessian_mv(jnp.asarray(u), jnp.asarray(f))
+    want = u.astype(np.float64) * [np.exp(-s), 0.5]
+    assert got.dtype == jnp.float32
+    assert np.max(np.abs(np.asarray(got, np.float64) / want - 1)) < 2**-20
 
 
 # Cross-entropy: S and its transpose at confident classes, and H of a vector with a large constant

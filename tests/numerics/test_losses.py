@@ -237,6 +237,33 @@ def test_fisher_information_of_vectors(name):
     assert_close(dense_from_mv(lambda u: loss.hessian_mv(u, f), f), jnp.einsum("n,ni,nj->ij", density, scores, scores), rtol=1e-8, atol=1e-10)
 
 
+# Losses that are another one, and options for each entry
+
+
+def test_a_gaussian_of_variance_one_half_is_the_squared_error():
+    f, _, y, _ = draw(VARIANTS["mse"], (4,), 0)
+    half, square = create_loss("gaussian", scale=0.5**0.5), create_loss("mse")
+    assert_close(half.gradient(f, y), square.gradient(f, y), rtol=1e-14)
+    assert_close(half.hessian_mv(f, f), square.hessian_mv(f, f), rtol=1e-14)
+
+
+def test_student_t_with_many_degrees_of_freedom_is_the_gaussian():
+    """Up to O(1/ν), constants included."""
+    f, _, y, _ = draw(VARIANTS["student t"], (4,), 0)
+    assert_close(create_loss("student_t", df=1e8, scale=CLASSES).value(3 * f, 3 * y), create_loss("gaussian", scale=CLASSES).value(3 * f, 3 * y), rtol=1e-5)
+
+
+def test_student_t_with_options_for_each_entry():
+    f, u, y, rng = draw(VARIANTS["student t"], (4,), 0)
+    df, scale = jnp.array([2.0, 4.0, 8.0]), jnp.asarray(rng.uniform(0.1, 1.1, (4, 3)))
+    fisher, exact = (create_loss("student_t", df=df, scale=scale, curvature=curvature) for curvature in ("fisher", "hessian"))
+    nu = jnp.broadcast_to(df, f.shape)
+    by_jvp = jax.jvp(jax.grad(lambda f: -jnp.sum(stats.t.logpdf(y, nu, f, scale))), (f,), (u,))
+    assert_close((exact.gradient(f, y), exact.hessian_mv(u, f, y)), by_jvp, rtol=1e-12)
+    assert_close(fisher.hessian_mv(u, f), (nu + 1) / (nu + 3) / scale**2 * u, rtol=1e-14)
+    assert_close(fisher.square_root_mv(fisher.square_root_transpose_mv(u, f), f), fisher.hessian_mv(u, f), rtol=1e-14)
+
+
 # The table of losses: each row's expressions are evaluated, for options of which the row says nothing too.
 
 ROWS = [(name, i) for name, rows in sorted(registered_rows().items()) for i in range(len(rows))]
@@ -776,7 +803,32 @@ REFUSED = {
     "broadcast": (lambda: create_loss("mse").value(F, jnp.ones((4, 1))), ValueError, "target: got"),
     "scale": (lambda: create_loss("gaussian", scale=0.0), ValueError, "scale: got 0"),
     "scale and precision": (lambda: create_loss("gaussian", scale=1.0, precision=jnp.eye(3)), ValueError, "precision"),
+    "scale of a wrong shape": (lambda: create_loss("gaussian", scale=jnp.ones(2)).value(F, F), ValueError, r"scale: got shape \(2,\), expected the last axes"),
     "precision": (lambda: create_loss("gaussian", precision=-jnp.eye(3)), ValueError, "precision"),
+    "precision, one number": (lambda: create_loss("gaussian", precision=2.0), ValueError, r"precision: got shape \(\), expected a square matrix"),
+    "precision, whole numbers": (lambda: create_loss("gaussian", precision=jnp.eye(3, dtype=int)), TypeError, "precision: got dtype int64"),
+    "precision, not a number": (
+        lambda: create_loss("gaussian", precision=jnp.full((2, 2), jnp.nan)),
+        ValueError,
+        "precision: got a matrix that is not positive definite",
+    ),
+    "axis, no whole number": (lambda: create_loss("heteroscedastic_gaussian", axis=1.0), TypeError, "axis: got 1.0, expected a whole number"),
+    "axis of one number": (
+        lambda: create_loss("heteroscedastic_gaussian").value(jnp.ones(()), jnp.ones(())),
+        ValueError,
+        r"pred: got shape \(\), expected an axis -1",
+    ),
+    "target, not a number": (
+        lambda: create_loss("heteroscedastic_gaussian").value(F[:, :2], jnp.full(4, jnp.nan)),
+        ValueError,
+        "target: got values that heteroscedastic_gaussian does not take",
+    ),
+    "scale of Student's t": (lambda: create_loss("student_t", scale=-1.0), ValueError, "scale: got -1.0, expected finite numbers > 0"),
+    "degrees of freedom of a wrong shape": (
+        lambda: create_loss("student_t", df=jnp.ones(2)).hessian_mv(F, F),
+        ValueError,
+        r"df: got shape \(2,\), expected the last axes",
+    ),
     "delta": (lambda: create_loss("huber", delta=-1.0), ValueError, "delta: got -1"),
     "curvature": (lambda: create_loss("huber", curvature="gauss"), ValueError, "curvature: got 'gauss'"),
     "indefinite": (lambda: create_loss("student_t", curvature="hessian").square_root_mv(F, F, F), ValueError, "indefinite"),

@@ -294,6 +294,18 @@ def test_what_a_loss_claims(name, options, is_hessian, is_fisher, is_likelihood)
     assert bool(jnp.allclose(got, H)) == is_hessian
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "use"),
+    [
+        ("gaussian", {}, "unused"),
+        ("gaussian", {"precision": jnp.eye(3)}, "unused"),
+        *[(name, {"curvature": c}, use) for name in ("student_t", "heteroscedastic_gaussian") for c, use in (("hessian", "required"), ("fisher", "unused"))],
+    ],
+)
+def test_whether_products_use_the_target(name, options, use):
+    assert create_loss(name, **options).target_use == use
+
+
 def test_every_loss_is_in_the_table_of_claims():
     assert {name for name, *_ in CLAIMS} >= {name for name, make in registered_losses().items() if make.__module__.startswith("ggn_nb")}
 
