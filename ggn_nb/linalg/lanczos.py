@@ -142,7 +142,7 @@ class Ritz(NamedTuple):
 
 
 def ritz_pairs(basis: Basis, which: Which) -> Ritz:
-    "By the lower triangle of the small matrix, in float64 where there is; outside programs by NumPy"
+    "By the lower triangle of the small matrix, in float64; outside programs by NumPy"
     matrix, rest, dtype = basis.coefficients, basis.rest, basis.vectors.dtype
     if is_traced(basis):
         xp, (values, vectors) = jnp, jnp.linalg.eigh(widened(matrix), symmetrize_input=False)
