@@ -20,7 +20,7 @@ from ggn_nb.layers.pairs import contract
 from ggn_nb.layers.probes import check_probes, hutchinson_trace, xtrace
 from ggn_nb.layers.sums import check_is_ggn, sum_over_data
 from ggn_nb.losses.loss import Loss
-from ggn_nb.operators.fisher import check_key, heads_of, threefry_key
+from ggn_nb.operators.fisher import heads_of, read_key, threefry_key
 from ggn_nb.operators.ggn import GGN
 from ggn_nb.operators.operator import (
     Damped, Diagonal, Operator, Scaled, Sum, check_operator, scale_tree,
@@ -136,7 +136,7 @@ def _columns(operator: GGN | Streamed, estimator: Any, key: Any, num_probes: Any
     if estimator == "exact":
         _check_nothing_drawn(key, number)
         return AllColumns()
-    check_key(key, f"estimator={estimator!r}")
+    key = read_key(key, f"estimator={estimator!r}")
     if estimator == "signs": return SignedColumns(threefry_key(key), number or 1)
     _check_fisher(operator.problem.loss)
     return SampledColumns(threefry_key(key), number or 1)
@@ -253,12 +253,12 @@ _TRACE_ESTIMATORS = (*get_args(Estimator), *get_args(ProbeEstimator))
 def _by_probes(A: Any, estimator: ProbeEstimator, key: Any, num_probes: Any) -> Estimate:
     "The trace of any operator"
     check_operator(A, "G")
-    check_key(key, f"estimator={estimator!r}")
+    key = read_key(key, f"estimator={estimator!r}")
     number = check_probes(num_probes, A.shape[0] if estimator == "xtrace" else None)
-    if estimator == "hutchinson": return Estimate(*hutchinson_trace(A, jnp.asarray(key), number))
+    if estimator == "hutchinson": return Estimate(*hutchinson_trace(A, key, number))
     if not A.traceable:
         raise ValueError("estimator: got 'xtrace', expected 'hutchinson' for what is on a stream")
-    return Estimate(*xtrace(A, jnp.asarray(key), number))
+    return Estimate(*xtrace(A, key, number))
 
 # %% ../../nbs/layers/20_diagonal.ipynb #3a06000a
 def trace(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..layers.diagonal import Estimate
 from ..layers.probes import check_probes, mean_and_error, random_products
-from ..operators.fisher import check_one_key
+from ..operators.fisher import read_one_key
 from ..operators.operator import Operator, check_operator
 
 # %% ../../nbs/linalg/08_frobenius_norm.ipynb #530d0007
@@ -41,8 +41,8 @@ def frobenius_norm(A: Operator, key: Any, *, num_probes: int | None = None) -> E
         Array(5., dtype=float32)
     """
     check_operator(A, "A")
-    check_one_key(key)
-    _, products = random_products(A, jnp.asarray(key), check_probes(num_probes))
+    key = read_one_key(key)
+    _, products = random_products(A, key, check_probes(num_probes))
     squared, error = mean_and_error(jnp.sum(jnp.square(products), axis=1))
     norm = jnp.sqrt(squared)
     return Estimate(norm, error / (2 * jnp.where(norm > 0, norm, 1)))

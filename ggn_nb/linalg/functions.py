@@ -29,7 +29,7 @@ from .lobpcg import lobpcg_eigenpairs
 from .products import FlatProduct
 from .spectral_density import quadrature, traces
 from ..losses.weights import raise_faults
-from ..operators.fisher import check_key, check_one_key
+from ..operators.fisher import read_key, read_one_key
 from ..operators.operator import Operator, check_vectors, register_operator
 from ..operators.samples import cast_like, widen
 from ..tools.arrays import is_traced, matmul
@@ -353,9 +353,9 @@ def find_logdet(
         return _logdet(forms, forms.read_damping(damping), relative)
     forms = iterative_forms(M)
     damping = forms.read_damping(damping)
-    check_key(key, f"a log determinant by the products of a {type(M).__name__}")
+    key = read_key(key, f"a log determinant by the products of a {type(M).__name__}")
     probes, steps = check_probes(num_probes), check_size(num_steps, "num_steps") or 50
-    return _estimated_logdet(forms, damping, relative, jnp.asarray(key), probes, steps)
+    return _estimated_logdet(forms, damping, relative, key, probes, steps)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a08
 def logdet(
@@ -468,10 +468,10 @@ def sample(
         >>> many.shape, many.std(axis=0).round(1).tolist()
         ((20000, 2), [0.699999988079071, 0.5])
     """
-    check_one_key(key)
+    key = read_one_key(key)
     num_samples = check_size(num_samples, "num_samples")
     forms = _forms(M, tolerance=tolerance, max_steps=max_steps)
-    args = forms.read_damping(damping), jnp.asarray(key)
+    args = forms.read_damping(damping), key
     if num_samples is None: drawn = _run(_sample, forms, *args)
     else: drawn = (_samples if forms.traceable else _samples_by_steps)(forms, *args, num_samples)
     if isinstance(forms, IterativeForms): raise_faults({_UNFINISHED: _has_nan(drawn)})
@@ -643,7 +643,7 @@ def _eigsh_by_products(
     forms = iterative_forms(M, tolerance=tolerance, max_steps=max_steps)
     k = _check_k(k, M, M.structure)
     if key is None: key = jax.random.key(0)
-    check_one_key(key)
+    key = read_one_key(key)
     multiply, given = FlatProduct(forms.operator), forms.tolerance
     reach = multiply.eps**0.8 if given is None else given
     lax = given is None or method == "lobpcg"
@@ -651,7 +651,7 @@ def _eigsh_by_products(
     most = forms.max_steps or {"lanczos": 10_000, "lobpcg": 500}[method]
     traceable = multiply.operator.traceable
     alone = jax.lax.stop_gradient(multiply) if is_traced(multiply) else multiply
-    pairs = _pairs_by_products(alone, k, which, method, reach, most, jnp.asarray(key))
+    pairs = _pairs_by_products(alone, k, which, method, reach, most, key)
     at_once, each = _seen_at_once, _looked_over
     if not traceable: at_once, each = at_once.__wrapped__, each.__wrapped__
     if not is_traced((multiply, pairs)):

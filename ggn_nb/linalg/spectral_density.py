@@ -18,7 +18,7 @@ from ..layers.diagonal import Estimate
 from ..layers.probes import check_probes, mean_and_error
 from .lanczos import empty_basis, ended_matrix, extended
 from .products import FlatProduct, linearized_once, widened, without_slopes
-from ..operators.fisher import check_one_key
+from ..operators.fisher import read_one_key
 from ..operators.operator import Operator, check_operator
 from ..tools.arrays import register_pytree
 from ..tools.checks import check_size
@@ -184,7 +184,7 @@ def spectral_density(
         Array([0., 3., 4.], dtype=float32)
     """
     check_operator(A, "A")
-    check_one_key(key)
+    key = read_one_key(key)
     number, steps = check_probes(num_probes), check_size(num_steps, "num_steps") or 50
     multiply = FlatProduct(linearized_once(A))
-    return SpectralDensity(*quadrature(multiply, jnp.asarray(key), number, steps))
+    return SpectralDensity(*quadrature(multiply, key, number, steps))

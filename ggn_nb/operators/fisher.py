@@ -122,20 +122,21 @@ class ScoreProducts(Scores):
 _ONE_KEY = "expected one JAX random key such as jax.random.key(0)"
 
 
-def check_key(key: Any, needed: str = "kind='monte_carlo'") -> None:
-    "Raise `TypeError` or `ValueError` unless `key` is one random key, which `needed` wants"
+def read_key(key: Any, needed: str = "kind='monte_carlo'") -> jax.Array:
+    "One random key, which `needed` wants; `TypeError` or `ValueError` for anything else"
     if key is None: raise ValueError(f"key: got None, {_ONE_KEY}, for {needed}")
-    check_one_key(key)
+    return read_one_key(key)
 
 
-def check_one_key(key: Any) -> None:
-    "Raise `TypeError` or `ValueError` unless `key` is one random key, of JAX's type or raw"
+def read_one_key(key: Any) -> jax.Array:
+    "One random key, of JAX's type or raw; `TypeError` or `ValueError` for anything else"
     expected = _ONE_KEY
     if not isinstance(key, jax.Array | np.ndarray): raise TypeError(f"key: got {key!r}, {expected}")
     if not is_key(key) and key.dtype != np.uint32:
         raise TypeError(f"key: got dtype {key.dtype}, {expected}")
     if key.shape not in ([()] if is_key(key) else [(2,), (4,)]):
         raise ValueError(f"key: got shape {key.shape} and dtype {key.dtype}, {expected}")
+    return key if isinstance(key, jax.Array) else jnp.asarray(key)
 
 
 def threefry_key(key: jax.Array | np.ndarray) -> jax.Array:
@@ -273,7 +274,7 @@ def _loss_in_the_middle(
         raise ValueError(f"kind: got {kind!r}, expected 'exact', 'monte_carlo' or 'empirical'")
     loss, num_samples = create_loss(loss_fn), check_size(num_samples, "num_samples") or 1
     if kind == "monte_carlo":
-        check_key(key)
+        read_key(key)
         return _SampledScoreProducts(
             with_root_scales(loss), threefry_key(key), whole_batch, num_samples)
     _check_nothing_drawn(kind, key, num_samples)
