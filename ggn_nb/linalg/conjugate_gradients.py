@@ -102,10 +102,6 @@ def _corrected(
 _UNIT = 2.0**60
 
 
-def _norm(vec: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.vdot(vec, vec, precision="highest"))
-
-
 def lineax_round(
     system: LinearSystem, b: jax.Array, target: jax.Array, max_steps: jax.Array
 ) -> Correction:
@@ -115,11 +111,12 @@ def lineax_round(
     like = jax.ShapeDtypeStruct(b.shape[1:], b.dtype)
     on_vector = lambda fn: lx.FunctionLinearOperator(fn, like, lx.positive_semidefinite_tag)
     A = on_vector(lambda v: jnp.asarray(_UNIT, v.dtype) * system.multiply(v))
-    C = on_vector(lambda v: system.precondition(v[None])[0])
-    solver = lx.CG(rtol=0.0, atol=(target / size)[0], norm=_norm, stabilise_every=None,
-                   max_steps=max_steps)
-    options = {} if system.preconditioner is None else {"preconditioner": C}
-    solution = lx.linear_solve(A, (b / size[:, None])[0], solver, options=options, throw=False)
+    least = jnp.square(target / size)[0]
+    is_left = lambda r: jnp.vdot(r, r, precision="highest") > least
+    C = on_vector(lambda r: jnp.where(is_left(r), system.precondition(r[None])[0], 0))
+    solver = lx.CG(rtol=0, atol=0, stabilise_every=None, max_steps=max_steps)
+    solution = lx.linear_solve(
+        A, (b / size[:, None])[0], solver, options={"preconditioner": C}, throw=False)
     x = solution.value[None] * size[:, None] * jnp.asarray(_UNIT, b.dtype)
     steps = jnp.asarray(solution.stats["num_steps"], jnp.asarray(max_steps).dtype)
     return Correction(x, steps, jnp.array(False))
