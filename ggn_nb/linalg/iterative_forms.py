@@ -45,9 +45,9 @@ def solve_rows(
     return jax.lax.custom_linear_solve(system.multiply.many, b, solve, symmetric=True, has_aux=True)
 
 
-def _curves_downwards(x: jax.Array, b: jax.Array) -> jax.Array:
-    "Is xᵀb = xᵀA x negative beyond rounding, for each row?"
-    noise = jnp.finfo(b.dtype).eps ** 0.5 * row_norms(x) * row_norms(b)
+def _curves_downwards(x: jax.Array, b: jax.Array, eps: float) -> jax.Array:
+    "Is xᵀb = xᵀA x negative beyond the rounding of products, for each row?"
+    noise = eps**0.5 * row_norms(x) * row_norms(b)
     return jnp.sum(x * b, axis=1) < -noise
 
 
@@ -231,7 +231,7 @@ class IterativeForms(MatrixForms):
         size = row_norms(flat)
         residual = jnp.where(size == 0, 0, row_norms(r) / jnp.where(size == 0, 1, size))
         found = Solution(jax.vmap(self._tree)(x), residual, steps, residual <= tolerance)
-        return found, indefinite | jnp.any(_curves_downwards(x, flat))
+        return found, indefinite | jnp.any(_curves_downwards(x, flat, multiply.eps))
 
     def inverse_root(self, damping: Any, vec: Any) -> Any:
         "NaN where it still changes after all steps"

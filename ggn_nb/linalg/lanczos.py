@@ -256,7 +256,7 @@ def _assessed(
     converged = jnp.all(ritz.errors[:k] <= tolerance)
     same = jnp.all(jnp.abs(values[:k] - s.seen) <= 10 * tolerance * ritz.scale)
     done = (converged & (complete | same)) | (size == basis.vectors.shape[1])
-    kept = jnp.where(converged, k, k + (size - k) // 2)
+    kept = jnp.where(converged, k, k + (size - k) // 4)
     own, key = jax.random.split(s.key)
     grows_anew = lambda rows: jax.lax.cond(
         converged & ~done, lambda: random_unit(rows, own), lambda: basis.vectors[-1])
