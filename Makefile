@@ -7,7 +7,7 @@
 
 ifdef JAX
 VENV ?= .venv-jax-$(JAX)
-EXTRAS ?= numerics
+EXTRAS ?= numerics,linalg
 TESTS ?= tests/numerics
 PYTHONS := python3.13 python3.12  # the newest versions of JAX do not run with 3.11
 endif
