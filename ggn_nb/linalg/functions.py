@@ -586,8 +586,9 @@ def eigsh(
     - `M`: an operator. A `Gram` matrix of G stands for G.
     - `k`: how many; for a `Gram` matrix at most its rank.
     - `which`: "LA": the largest; "SA": the smallest; "LM": the largest in absolute value.
-    - `method`: by products: "lanczos" (default), restarted, with multiple eigenvalues; or "lobpcg",
-      of k products at a time, for "LA" and "SA" with 5k < P.
+    - `method`: by products: "lanczos" (default), restarted, with multiple eigenvalues, of which one
+      is missed with a probability of about 0.001; or "lobpcg", of k products at a time, for "LA"
+      and "SA" with 5k < P.
     - `key`: by products: a JAX random key for the start; by default always the same.
     - `tolerance`: by products: the norm of M u − λ u that is enough, relative to the largest |λ|
       that is seen. By default the search goes on to 3e-13 in float64, 3e-6 in float32, and what
