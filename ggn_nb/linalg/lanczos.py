@@ -179,21 +179,25 @@ def _nothing_beyond(
     "Is it improbable that an eigenvalue outside the basis is beyond the bounds? And the products"
     enough = multiply.size**0.5 / _UNLUCKY
     signs, nothing = jnp.array([1, -1], bounds.dtype), jnp.zeros(len(basis.vectors), bounds.dtype)
-    vectors = basis.vectors.at[-1].set(0)
+    vectors, tiny = basis.vectors.at[-1].set(0), jnp.finfo(bounds.dtype).tiny
+    is_wanted = bounds < jnp.inf
+    at = jnp.where(is_wanted, bounds, 0)
     def step(s):
         image = multiply(s.vec)
         slope = matmul(s.vec, image)
         left = image - slope * s.vec - s.rest * s.before
         left, _ = _beside(vectors, left, nothing, 0, len(nothing), _ROWS)
         rest = jnp.linalg.norm(left)
-        growth = ((bounds - signs * slope) * s.growth - s.rest * s.last) / rest
+        growth = (at - signs * slope) * s.growth - s.rest * s.last
+        growth = growth / jnp.maximum(rest, tiny)
         growth = jnp.where(s.growth < enough, growth, s.growth)
         return Outside(left / nonzero(rest), s.vec, rest, growth, s.growth, s.steps + 1)
     most = so_far + len(basis.coefficients)
     undecided = lambda s: jnp.all(s.growth > 0) & jnp.any(s.growth < enough) & (s.steps < most)
-    first, one = random_unit(vectors, key), jnp.ones(2, bounds.dtype)
+    first = random_unit(vectors, key)
     start = Outside(first, jnp.zeros_like(first), jnp.zeros((), first.dtype),
-                    jnp.where(bounds < jnp.inf, one, jnp.inf), 0 * one, jnp.array(0))
+                    jnp.where(is_wanted, 1, enough).astype(at.dtype), jnp.zeros_like(at),
+                    jnp.array(0))
     last = repeat_while(undecided, step, start, in_program=multiply.operator.traceable)
     return jnp.all(last.growth >= enough), last.steps
 
@@ -217,7 +221,7 @@ class Search(NamedTuple):
     values: jax.Array  # (k,) Ritz values, in the vectors' dtype
     errors: jax.Array  # (k,) norms of their residuals, relative to `scale`
     scale: jax.Array  # the largest |Ritz value|
-    seen: jax.Array  # (k,) the values at the last convergence, at first NaN
+    seen: jax.Array  # (k,) the values at the last convergence, at first infinite
     steps: jax.Array  # products
     done: jax.Array
     ended: jax.Array  # done, or out of steps
@@ -228,7 +232,7 @@ class Search(NamedTuple):
 def _begun(size: int, k: int, like: jax.ShapeDtypeStruct, key: jax.Array) -> Search:
     "A search whose basis is one random vector, with room for `size` more"
     first = random_unit(jnp.zeros((1, *like.shape), like.dtype), key)
-    blank = jnp.full(k, jnp.nan, like.dtype)
+    blank = jnp.full(k, jnp.inf, like.dtype)
     return Search(empty_basis(first, size), jnp.array(0), blank, blank, blank[0], blank,
                   jnp.array(0), jnp.array(False), jnp.array(False), key)
 

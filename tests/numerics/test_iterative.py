@@ -390,6 +390,17 @@ def test_a_few_products_are_enough_where_the_spectrum_falls():
     assert 20 < len(products) < 30, len(products)
 
 
+@pytest.mark.parametrize("name", SPECTRA)
+def test_no_number_is_nan_on_the_way(name):
+    """For those who debug with `jax_debug_nans`: at once, and compiled."""
+    A, _ = turned(SPECTRA[name], "float32")
+    with jax.debug_nans(True):
+        for which in ("LA", "SA", "LM"):
+            for find in (eigsh, jax.jit(eigsh, static_argnums=1, static_argnames="which")):
+                assert np.isfinite(find(A, 3, which=which)[0]).all()
+        assert np.isfinite(solve(A, jnp.ones(40, "float32"), 10.0).x).all()
+
+
 def test_a_matrix_of_one_number():
     values, vectors = eigsh(Turned(jnp.array([[-2.0]])), 1, which="LM")
     assert values.tolist() == [-2.0] and abs(vectors).tolist() == [[1.0]]
