@@ -26,7 +26,7 @@ from ggn_nb.linalg.iterative_forms import (
 )
 from .lanczos import Which, lanczos_eigenpairs
 from .lobpcg import lobpcg_eigenpairs
-from .products import FlatProduct
+from .products import FlatProduct, program_of_products
 from .spectral_density import quadrature, traces
 from ..losses.weights import raise_faults
 from ..operators.fisher import read_key, read_one_key
@@ -511,7 +511,7 @@ class _Pairs(NamedTuple):
     ended: jax.Array  # () or (k,) bool: is the search over, or were steps missing?
 
 
-_by_lobpcg = program(lobpcg_eigenpairs, static_argnums=(1, 2, 3, 4))
+_by_lobpcg = program_of_products(lobpcg_eigenpairs, static_argnums=(1, 2, 3, 4))
 
 
 def _pairs_by_products(
@@ -520,8 +520,7 @@ def _pairs_by_products(
 ) -> _Pairs:
     "Eigenpairs by one of the methods"
     if method == "lobpcg":
-        find = _by_lobpcg if multiply.operator.traceable else lobpcg_eigenpairs
-        values, vectors = find(multiply, k, which, tolerance, max_steps, key)
+        values, vectors = _by_lobpcg(multiply, k, which, tolerance, max_steps, key)
         return _Pairs(values, vectors, jnp.max(jnp.abs(values)), jnp.array(True))
     size = min(multiply.size, max(2 * k + 1, 20))
     found = lanczos_eigenpairs(multiply, k, which, size, tolerance, max_steps, key)
@@ -529,7 +528,7 @@ def _pairs_by_products(
     return _Pairs(found.values, found.basis.vectors, found.scale, ended)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a12
-@program
+@program_of_products
 def _seen_at_once(multiply: FlatProduct, pairs: _Pairs) -> tuple[Any, jax.Array]:
     "The eigenvectors; the residual of their sum with random signs, relative"
     vectors = pairs.vectors[: len(pairs.values)]
@@ -542,7 +541,7 @@ def _relative(residuals: jax.Array, pairs: _Pairs) -> jax.Array:
     return residuals / jnp.maximum(pairs.scale, jnp.finfo(residuals.dtype).tiny)
 
 
-@program
+@program_of_products
 def _looked_over(
     multiply: FlatProduct, pairs: _Pairs, enough: jax.Array
 ) -> tuple[jax.Array, Any, jax.Array]:
@@ -650,15 +649,12 @@ def _eigsh_by_products(
     lax = given is None or method == "lobpcg"
     enough = min(0.1, 10 * max(reach, multiply.eps**0.5)) if lax else given
     most = forms.max_steps or {"lanczos": 10_000, "lobpcg": 500}[method]
-    traceable = multiply.operator.traceable
     alone = jax.lax.stop_gradient(multiply) if is_traced(multiply) else multiply
     pairs = _pairs_by_products(alone, k, which, method, reach, most, key)
-    at_once, each = _seen_at_once, _looked_over
-    if not traceable: at_once, each = at_once.__wrapped__, each.__wrapped__
     if not is_traced((multiply, pairs)):
-        vectors, residual = at_once(multiply, pairs)
+        vectors, residual = _seen_at_once(multiply, pairs)
         if jnp.all(pairs.ended) and residual <= enough: return pairs.values, vectors
-    values, vectors, residuals = each(multiply, pairs, enough)
+    values, vectors, residuals = _looked_over(multiply, pairs, enough)
     _check_pairs(most, enough, pairs.ended, residuals)
     return values, vectors
 

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .conjugate_gradients import nonzero
-from .products import FlatProduct, is_in_program, repeat_while, widened
+from ggn_nb.linalg.products import (
+    FlatProduct,
+    is_in_program,
+    program_of_products,
+    repeat_while,
+    widened,
+)
 from ..tools.arrays import is_traced, matmul
 from ..tools.programs import program
 
@@ -90,12 +96,13 @@ def _with_product(
     return Basis(vectors, rows, jnp.where(is_new, rest, 0))
 
 
-def _extended(
+@program_of_products
+def extended(
     multiply: FlatProduct,
     basis: Basis,
-    start: jax.Array,  # how many of its vectors were multiplied
-    stop: jax.Array,  # how many shall be, at most m
-    key: jax.Array | None,  # for vectors beside an invariant subspace; None: the basis ends there
+    start: Any,  # how many of its vectors were multiplied
+    stop: Any,  # how many shall be, at most m
+    key: jax.Array | None = None,  # for vectors beside an invariant subspace; None: it ends there
 ) -> Basis:
     "The basis after more products"
     def step(state):
@@ -106,17 +113,6 @@ def _extended(
     wanted = lambda state: state[0] < stop
     state = (start, basis)
     return repeat_while(wanted, step, state, in_program=multiply.operator.traceable)[1]
-
-
-_extended_in_program = program(_extended)
-
-
-def extended(
-    multiply: FlatProduct, basis: Basis, start: Any, stop: Any, key: jax.Array | None = None
-) -> Basis:
-    "The same; one program where the operator can be in one"
-    extend = _extended_in_program if multiply.operator.traceable else _extended
-    return extend(multiply, basis, start, stop, key)
 
 
 def small_matrix(basis: Basis) -> jax.Array:
@@ -169,11 +165,12 @@ class Outside(NamedTuple):
     steps: jax.Array  # j
 
 
-def _nothing_beyond(
+@program_of_products
+def nothing_beyond(
     multiply: FlatProduct,
     basis: Basis,  # without its last vector, whose product is not known
-    bounds: jax.Array,  # (2,): for A, and for −A; infinite where nothing is wanted
-    so_far: jax.Array,  # products; a look takes at most as many, and those of another basis
+    bounds: Any,  # (2,): for A, and for −A; infinite where nothing is wanted
+    so_far: Any,  # products; a look takes at most as many, and those of another basis
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     "Is it improbable that an eigenvalue outside the basis is beyond the bounds? And the products"
@@ -201,16 +198,6 @@ def _nothing_beyond(
     last = repeat_while(undecided, step, start, in_program=multiply.operator.traceable)
     return jnp.all(last.growth >= enough), last.steps
 
-
-_nothing_beyond_in_program = program(_nothing_beyond)
-
-
-def nothing_beyond(
-    multiply: FlatProduct, basis: Basis, bounds: Any, so_far: Any, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    "The same; one program where the operator can be in one"
-    look = _nothing_beyond_in_program if multiply.operator.traceable else _nothing_beyond
-    return look(multiply, basis, bounds, so_far, key)
 
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e1000e
@@ -249,15 +236,14 @@ def _restarted(
 
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e1000f
-@partial(program, static_argnums=(4,))
+@partial(program, static_argnums=(5,))
 def _assessed(
-    s: Search, basis: Basis, ritz: Ritz, look: tuple[jax.Array, jax.Array], k: int,
-    tolerance: jax.Array, max_steps: jax.Array,
+    s: Search, basis: Basis, ritz: Ritz, converged: jax.Array, look: tuple[jax.Array, jax.Array],
+    k: int, tolerance: jax.Array, max_steps: jax.Array,
 ) -> Search:
     "After a cycle, and perhaps a look outside, with all Ritz pairs of its basis"
     complete, looked = look
     values, size = ritz.values, len(ritz.values)
-    converged = jnp.all(ritz.errors[:k] <= tolerance)
     same = jnp.all(jnp.abs(values[:k] - s.seen) <= 10 * tolerance * ritz.scale)
     done = (converged & (complete | same)) | (size == basis.vectors.shape[1])
     kept = jnp.where(converged, k, k + (size - k) // 4)
@@ -298,13 +284,14 @@ def lanczos_eigenpairs(
     def cycle(s):
         basis = extended(multiply, s.basis, s.start, size, s.key)
         ritz = ritz_pairs(basis, which)
-        converged, bounds = (ritz.errors[:k] <= tolerance).all(), _bounds(ritz, k, which, tolerance)
-        look = lambda: nothing_beyond(multiply, basis, bounds, s.steps, s.key)
+        converged = (ritz.errors[:k] <= tolerance).all()
+        look = lambda: nothing_beyond(
+            multiply, basis, _bounds(ritz, k, which, tolerance), s.steps, s.key)
         no_look = np.array(False), np.array(0, s.steps.dtype)
         if size == multiply.size: found = no_look  # there is no outside
         elif in_program: found = jax.lax.cond(converged, look, lambda: no_look)
         else: found = look() if converged else no_look
-        return _assessed(s, basis, ritz, found, k, tolerance, max_steps)
+        return _assessed(s, basis, ritz, converged, found, k, tolerance, max_steps)
     like = jax.ShapeDtypeStruct((multiply.size,), multiply.dtype)
     search = _begun(size, k, like, key)
     in_program = is_in_program((multiply, search))

@@ -9,7 +9,7 @@ __all__ = []
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ..operators.curvature import Curvature
 from ..operators.operator import Operator, ravel, unravel
 from ..tools.arrays import is_traced, register_pytree, working_dtype
+from ..tools.programs import program
 from ..tools.progress import progress, step_of_progress
 
 # %% ../../nbs/linalg/04_products.ipynb #d7f50006
@@ -124,3 +125,15 @@ def repeat_while(
 def is_in_program(tree: Any) -> bool:
     "Is a program being traced, by the caller or for one of the arrays?"
     return is_traced((tree, jnp.zeros(())))
+
+
+def program_of_products(fn: Callable, *, static_argnums: tuple[int, ...] = ()) -> Callable:
+    "`fn`, of a `FlatProduct` and more, as one program where its operator can be in one"
+    compiled = program(fn, static_argnums=static_argnums)
+
+    @wraps(fn)
+    def call(multiply, *args):
+        return (compiled if multiply.operator.traceable else fn)(multiply, *args)
+
+    return call
+

@@ -274,9 +274,8 @@ def _loss_in_the_middle(
         raise ValueError(f"kind: got {kind!r}, expected 'exact', 'monte_carlo' or 'empirical'")
     loss, num_samples = create_loss(loss_fn), check_size(num_samples, "num_samples") or 1
     if kind == "monte_carlo":
-        read_key(key)
-        return _SampledScoreProducts(
-            with_root_scales(loss), threefry_key(key), whole_batch, num_samples)
+        key = threefry_key(read_key(key))
+        return _SampledScoreProducts(with_root_scales(loss), key, whole_batch, num_samples)
     _check_nothing_drawn(kind, key, num_samples)
     return _check_fisher(loss) if kind == "exact" else ScoreProducts(loss, whole_batch)
 
