@@ -44,10 +44,12 @@ class Formulas:
     - `gradient`: (f, y) -> its derivative, shaped like f.
     - `hessian_mv`: (u, f, y) -> H u, shaped like f.
     - `square_root_mv`: (u, f, y) -> S u with S Sᵀ = H, shaped like f; None where H is indefinite.
-    - `square_root_transpose_mv`: (v, f, y) -> Sᵀ v, shaped like f; None likewise.
+    - `square_root_transpose_mv`: (v, f, y) -> Sᵀ v, shaped like u; None likewise.
     - `sample`: (key, f) -> y; None where there is nothing to sample.
     - `hessian_diagonal`: (f, y) -> the diagonal of H, shaped like f; None: by products with unit
       vectors.
+    - `nullity`: how many dimensions the null space of H has at every position. S leaves them out:
+      u has C − nullity numbers for the C of a position, but at least one.
 
     Example:
 
@@ -63,6 +65,7 @@ class Formulas:
     square_root_transpose_mv: Callable[..., jax.Array] | None
     sample: Callable[..., jax.Array] | None = None
     hessian_diagonal: Callable[..., jax.Array] | None = None
+    nullity: int = 0
 
 # %% ../../nbs/losses/02_closed_form.ipynb #4eee1907
 @dataclass(frozen=True)
@@ -153,16 +156,19 @@ class Entries:
 
 # %% ../../nbs/losses/02_closed_form.ipynb #87152153
 def read_vector_and_prediction(
-    v: Any,  # vector: floating-point array shaped like `pred`
+    v: Any,  # vector: floating-point array
     pred: Any,  # prediction: floating-point array
     name: str = "jv",  # the vector's name, for the message
+    columns: Any = None,  # the structure of the vector; None: it is shaped like `pred`
 ) -> tuple[jax.Array, jax.Array]:
-    "`v` and `pred` in their working precision; an error where they are no arrays of one shape"
+    "`v` and `pred` in their working precision; an error where they are no arrays that fit"
     check_array(pred, "pred")
     check_array(v, name)
     v, pred = jnp.asarray(v), jnp.asarray(pred)
-    if v.shape != pred.shape:
-        raise ValueError(f"{name}: got shape {v.shape}, expected {pred.shape} as in pred")
+    shape = pred.shape if columns is None else columns.shape
+    if v.shape != shape:
+        said = "pred" if shape == pred.shape else "column_structure(pred)"
+        raise ValueError(f"{name}: got shape {v.shape}, expected {shape} as in {said}")
     dtype = working_dtype(v.dtype, pred.dtype)
     return v.astype(dtype), pred.astype(dtype)
 
@@ -300,10 +306,10 @@ def _mean_weight(weight, class_weight, counted, f, shape) -> jax.Array:
 
 # %% ../../nbs/losses/02_closed_form.ipynb #0801d718
 def _read_inputs(
-    loss, pred, target, weight, mask, target_use, v=None, name="pred"
+    loss, pred, target, weight, mask, target_use, v=None, name="pred", columns=None
 ) -> FormulaInputs:
     "What a formula of `loss` is given"
-    u, f = read_vector_and_prediction(pred if v is None else v, pred, name)
+    u, f = read_vector_and_prediction(pred if v is None else v, pred, name, columns)
     _check_axis(f.shape, loss.axis)
     f, u = _axis_last(f, loss.axis), _axis_last(u, loss.axis)
     shape = f.shape if loss.axis is None else f.shape[:-1]
@@ -355,10 +361,12 @@ def _original_axes(result, f, axis) -> jax.Array:
     return result if axis is None or result.ndim < f.ndim else jnp.moveaxis(result, -1, axis)
 
 
-def _apply(loss, method, like, target_use, pred, target, given, v=None, name="pred") -> jax.Array:
+def _apply(
+    loss, method, like, target_use, pred, target, given, v=None, name="pred", columns=None
+) -> jax.Array:
     "A formula on checked inputs; result in the dtype of `like`, with its axes"
     formula = _formula(loss, method)
-    at = _read_inputs(loss, pred, target, *given, target_use, v, name)
+    at = _read_inputs(loss, pred, target, *given, target_use, v, name, columns)
     raise_faults(at.faults)
     formula = partial(formula, **loss.options_in(at.f.dtype))
     at = _without_overflow(formula, at)
@@ -460,13 +468,24 @@ class ClosedFormLoss(Loss):
         return self._product("hessian_mv", jv, "jv", pred, target, (weight, mask))
 
     def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> jax.Array:
-        "S u; shape and dtype of u. `ValueError` where H is indefinite"
-        return self._product("square_root_mv", u, "u", pred, target, (weight, mask))
+        "S u; shape of pred, dtype of u. `ValueError` where H is indefinite"
+        check_array(pred, "pred")
+        columns = self.column_structure(pred)
+        return self._product("square_root_mv", u, "u", pred, target, (weight, mask), columns)
 
     def square_root_transpose_mv(self, v, pred, target=None, *,
                                  weight=None, mask=None) -> jax.Array:
-        "Sᵀ v; shape and dtype of v. `ValueError` where H is indefinite"
+        "Sᵀ v; shape of `column_structure`, dtype of v. `ValueError` where H is indefinite"
         return self._product("square_root_transpose_mv", v, "v", pred, target, (weight, mask))
+
+    def column_structure(self, pred, target=None) -> jax.ShapeDtypeStruct:
+        "What S takes: like pred, with as many numbers along `axis` as H has non-zero eigenvalues"
+        like = super().column_structure(pred, target)
+        if not self.formulas.nullity: return like
+        _check_axis(like.shape, self.axis)
+        shape = list(like.shape)
+        shape[self.axis] = max(1, shape[self.axis] - self.formulas.nullity)
+        return jax.ShapeDtypeStruct(tuple(shape), like.dtype)
 
     def hessian_diagonal(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "The diagonal of H; shape and dtype of pred"
@@ -512,8 +531,8 @@ class ClosedFormLoss(Loss):
     @property
     def _value_use(self) -> TargetUse: return "unused" if self.read_target is None else "required"
 
-    def _product(self, method, v, name, pred, target, given) -> jax.Array:
-        return _apply(self, method, v, self.target_use, pred, target, given, v, name)
+    def _product(self, method, v, name, pred, target, given, columns=None) -> jax.Array:
+        return _apply(self, method, v, self.target_use, pred, target, given, v, name, columns)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #79eaf8c6
 _MAKERS: dict[str, Callable[..., Loss]] = {}

@@ -18,6 +18,11 @@ from ggn_nb.losses.closed_form import ClosedFormLoss
 from ggn_nb.tools.testing import assert_close
 
 # %% ../../nbs/losses/07_common.ipynb #c07700007
+def first_columns(loss: Any, u: jax.Array, f: jax.Array) -> jax.Array:
+    "The first numbers of u at each position, as many as S takes"
+    return u[tuple(map(slice, loss.column_structure(f).shape))]
+
+
 def loss_results(
     loss: ClosedFormLoss, u: jax.Array, f: jax.Array, y: Any, **given
 ) -> dict[str, jax.Array]:
@@ -25,7 +30,7 @@ def loss_results(
     found = {"value": loss.value(f, y, **given), "gradient": loss.gradient(f, y, **given)}
     found["H u"] = loss.hessian_mv(u, f, y, **given)
     if loss.formulas.square_root_mv is not None:
-        found["S u"] = loss.square_root_mv(u, f, y, **given)
+        found["S u"] = loss.square_root_mv(first_columns(loss, u, f), f, y, **given)
         found["Sᵀ u"] = loss.square_root_transpose_mv(u, f, y, **given)
     return found
 

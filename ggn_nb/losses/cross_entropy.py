@@ -192,25 +192,36 @@ def cross_entropy_hessian_diagonal(
     return _multiplied(s, p * jnp.where(p > 0.5, others, 1 - p))
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #c8bd9dc0
+def _reflection(f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    "q = √p; b = (q + e_m)/(1 + q_m); by how many places each class comes after the most likely m"
+    top, gap, rest = _most_likely(f)
+    q, q_m = jnp.exp(-gap / 2) / jnp.sqrt(1 + rest), 1 / jnp.sqrt(1 + rest)
+    m = jnp.argmax(f, axis=-1, keepdims=True).astype(jnp.int32)
+    number = jax.lax.broadcasted_iota(jnp.int32, f.shape, f.ndim - 1)
+    return q, jnp.where(top, 1, q / (1 + q_m)), number - m
+
+
 def cross_entropy_square_root_mv(
     u, f, y=None, class_weight=None, label_smoothing=None, ignore_index=None
 ) -> jax.Array:
-    "√s (diag(√p) − p √pᵀ) u, so that S Sᵀ = s (diag(p) − p pᵀ)"
-    p, _ = _softmax(f)
-    large, x = p > 0.5, jnp.exp(jax.nn.log_softmax(f) / 2) * u
-    over_classes = lambda terms: jnp.sum(terms, axis=-1, keepdims=True)
-    others, small_x = over_classes(jnp.where(large, 0, p)), over_classes(jnp.where(large, 0, x))
-    product = jnp.where(large, x * others - p * small_x, x - p * over_classes(x))
+    "√s diag(q) Q u with q = √p, for u of C − 1 numbers"
+    q, b, place = _reflection(f)
+    missing = f.shape[-1] - u.shape[-1]
+    pad = lambda *around: jnp.pad(u, [(0, 0)] * (u.ndim - 1) + [around])
+    w = jnp.where(place == 0, 0, jnp.where(place < 0, pad(0, missing), pad(missing, 0)))
+    product = q * (w - b * jnp.sum(q * w, axis=-1, keepdims=True))
     return _multiplied(root(_total_weight(f, y, class_weight, label_smoothing)), product)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #5fe8a955
 def cross_entropy_square_root_transpose_mv(
     v, f, y=None, class_weight=None, label_smoothing=None, ignore_index=None
 ) -> jax.Array:
-    "√s (diag(√p) − √p pᵀ) v"
-    p, confident = _softmax(f)
-    q, w = jnp.exp(jax.nn.log_softmax(f) / 2), _centred(v, p, confident)
-    product = q * (w - jnp.sum(p * w, axis=-1, keepdims=True))
+    "√s Qᵀ (q ⊙ v), C − 1 numbers"
+    q, b, place = _reflection(f)
+    w = _centred(v, *_softmax(f))
+    product = q * (w - jnp.sum(q * b * w, axis=-1, keepdims=True))
+    if (size := f.shape[-1] - 1) == 0: return jnp.zeros_like(product)
+    product = jnp.where(place < 0, product, jnp.roll(product, -1, axis=-1))[..., :size]
     return _multiplied(root(_total_weight(f, y, class_weight, label_smoothing)), product)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #3487cbfe
@@ -241,15 +252,15 @@ def _integer(value) -> jax.Array | None:
 _FORMULAS = Formulas(
     cross_entropy_value, cross_entropy_gradient, cross_entropy_hessian_mv,
     cross_entropy_square_root_mv, cross_entropy_square_root_transpose_mv, cross_entropy_sample,
-    cross_entropy_hessian_diagonal)
-_ROW = Row("-log(p)[y]", "diag(p) - outer(p, p)", "diag(sqrt(p)) - outer(p, sqrt(p))",
+    cross_entropy_hessian_diagonal, nullity=1)
+_ROW = Row("-log(p)[y]", "diag(p) - outer(p, p)", "diag(sqrt(p)) @ complement(sqrt(p))",
            "O(C)", "p = softmax(f)")
 _SMOOTHED = _ROW._replace(
     value="-(1 - alpha)*log(p)[y] - alpha*sum(log(p))/size(f)",
     where="p = softmax(f); alpha = label_smoothing", options={"label_smoothing": 0.2})
 _WEIGHTED = _ROW._replace(
     value="-w[y]*log(p)[y]", hessian="w[y]*(diag(p) - outer(p, p))",
-    square_root="sqrt(w[y])*(diag(sqrt(p)) - outer(p, sqrt(p)))",
+    square_root="sqrt(w[y])*diag(sqrt(p)) @ complement(sqrt(p))",
     where="p = softmax(f); w = class_weight", options={"class_weight": (0.5, 2.0, 1.0)})
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #b8000006

@@ -21,11 +21,19 @@ def _softmax(f):
     return e / np.sum(e)
 
 
+def _complement(q):
+    "An orthonormal basis of the vectors orthogonal to the unit vector q, in columns"
+    m = np.argmax(q)
+    v = q + np.eye(len(q))[m]
+    return np.delete(np.eye(len(q)) - np.outer(v, v) / v[m], m, axis=1)
+
+
 _FUNCTIONS = {name: getattr(np, name) for name in
               ("exp", "log", "sqrt", "abs", "diag", "outer", "where", "clip", "sum", "size")}
 _FUNCTIONS |= {"matrix": np.array, "cholesky": np.linalg.cholesky, "transpose": np.transpose,
                "lgamma": np.vectorize(math.lgamma), "erf": np.vectorize(math.erf),
-               "softmax": _softmax, "sigmoid": lambda f: 1 / (1 + np.exp(-f))}
+               "softmax": _softmax, "sigmoid": lambda f: 1 / (1 + np.exp(-f)),
+               "complement": _complement}
 
 # %% ../../nbs/losses/05_table.ipynb #b6000007
 def _definitions(row: Row) -> dict[str, str]:
@@ -101,6 +109,7 @@ def _call(name: str, arguments: list[ast.expr]) -> str:
         case "log", [x]: return rf"\log\left({x}\right)"
         case "sum", [x]: return rf"\textstyle\sum {x}"
         case "transpose", [x]: return _raised(arguments[0], _TRANSPOSED)
+        case "complement", [x]: return _raised(arguments[0], r"\perp")
         case "outer", [x, y]: return rf"{x}\,{_raised(arguments[1], _TRANSPOSED)}"
         case "where", [condition, x, y]: return rf"{x}\text{{ if }}{condition}\text{{, else }}{y}"
         case "matrix", _: return _matrix(arguments[0])

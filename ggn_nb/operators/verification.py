@@ -235,9 +235,12 @@ def is_psd(
 # %% ../../nbs/operators/30_verification.ipynb #a05edbea
 def _square_root_matrices(loss: Loss, pred: Any, target: Any, given: dict) -> dict[str, jax.Array]:
     "S and Sᵀ, dense, where the loss has a square root"
-    dense = lambda mv: dense_from_mv(lambda u: mv(u, pred, target, **given), pred)
-    try: return {"S": dense(loss.square_root_mv), "Sᵀ": dense(loss.square_root_transpose_mv)}
+    dense = lambda mv, like: dense_from_mv(lambda u: mv(u, pred, target, **given), like)
+    structure = loss.column_structure(pred, target)
+    columns = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structure)
+    try: S = dense(loss.square_root_mv, columns)
     except ValueError: return {}
+    return {"S": S, "Sᵀ": dense(loss.square_root_transpose_mv, pred)}
 
 
 def _square_root_checks(

@@ -168,13 +168,13 @@ def dense_from_mv(mv: Callable, like: Any) -> jax.Array:
 
     Arguments:
 
-    - `mv`: a linear function of a tree like `like`, which returns such a tree.
+    - `mv`: a linear function of a tree like `like`, which returns a tree of Q numbers.
     - `like`: a pytree of floating-point arrays of one dtype, with P numbers in all; only its shapes
       and its dtype matter.
 
     Returns:
 
-    The matrix, of shape (P, P): column k is `mv` of unit vector k, both in the order of
+    The matrix, of shape (Q, P): column k is `mv` of unit vector k, both in the order of
     `jax.flatten_util.ravel_pytree`.
 
     Example:

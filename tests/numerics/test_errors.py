@@ -9,6 +9,7 @@ import pytest
 from ggn_cases import POLICIES, linear
 from ggn_nb import create_ggn_mv, create_ggn_mv_without_data, create_loss_hessian_mv
 from ggn_nb.losses.binary_cross_entropy import binary_cross_entropy
+from ggn_nb.losses.common import first_columns
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.mse import mse
 from ggn_nb.tools.timing import count_compiles
@@ -315,8 +316,8 @@ def test_operands_of_a_hessian_product(loss, row):
 
 @pytest.mark.parametrize("loss", [mse(), cross_entropy(), binary_cross_entropy()], ids=lambda l: l.name)
 def test_operands_of_a_factor(loss):
-    for S in (loss.square_root_mv, loss.square_root_transpose_mv):
-        refused(lambda: S(np.ones(2), ROW), ValueError, r"got shape \(2,\)", r"expected \(3,\)", "pred")
+    for S, size in ((loss.square_root_mv, loss.column_structure(ROW).shape[0]), (loss.square_root_transpose_mv, 3)):
+        refused(lambda: S(np.ones(5 - size), ROW), ValueError, rf"got shape \({5 - size},\)", rf"expected \({size},\)", "pred")
         refused(lambda: S({"a": ROW}, ROW), TypeError, "got dict", "expected")
         refused(lambda: S(np.arange(3), ROW), TypeError, "int64", "expected")
 
@@ -342,7 +343,7 @@ NUMBERS = table(
 def test_numbers_in_the_target_of_a_loss(row):
     loss, target, *parts = row
     f = jnp.ones((2, 3))
-    for call in (loss.value, loss.gradient, lambda f, y: loss.hessian_mv(f, f, y), lambda f, y: loss.square_root_mv(f, f, y)):
+    for call in (loss.value, loss.gradient, lambda f, y: loss.hessian_mv(f, f, y), lambda f, y: loss.square_root_mv(first_columns(loss, f, f), f, y)):
         with pytest.raises(ValueError, match="target: got values that") as raised:
             call(f, target)
         for part in parts:

@@ -321,7 +321,8 @@ def test_all_signs_have_the_diagonal_for_their_mean(loss):
     data = {"input": fixed(1, 2), "target": targets(np.random.default_rng(0), loss, (1, C))}
     model_fn = lambda input, params: mlp(input[None], params)[0]
     G = with_root(create_ggn_mv(model_fn, MLP, data, loss, linearize="recomputed"))
-    signs = jnp.asarray(list(product((-1.0, 1.0), repeat=C)))
+    columns = G.problem.loss.column_structure(jnp.zeros((1, C))).size
+    signs = jnp.asarray(list(product((-1.0, 1.0), repeat=columns)))
     given = SignedColumns(jax.random.key(0), 1)
     every = lambda problem, pred, samples: (given.columns(problem, pred, samples, signs), None)
     squares = _diagonal(pairs_of(G.problem, G.samples, every), None)

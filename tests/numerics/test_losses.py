@@ -15,7 +15,7 @@ import ggn_nb.losses
 from ggn_cases import run_cases
 from ggn_nb import CustomLoss, Loss, create_ggn_mv, create_loss, multi_head, verify
 from ggn_nb.losses.closed_form import registered_losses, registered_rows
-from ggn_nb.losses.common import loss_results
+from ggn_nb.losses.common import first_columns, loss_results
 from ggn_nb.losses.custom import HessianOnly
 from ggn_nb.losses.table import evaluate_row, row_cells
 from ggn_nb.tools.testing import assert_close, dense_from_mv
@@ -293,10 +293,11 @@ def test_rows_of_the_table(name, i):
         f, _, y = data_of_row(name, loss, (), seed)
         said = evaluate_row(row, options | {"f": f, "y": y})
         assert_close(loss.value(f, None if loss.read_target is None else y), jnp.asarray(said["value"]), rtol=1e-10, atol=1e-12)
-        dense = lambda mv: dense_from_mv(lambda u: mv(u, f, y), f).reshape(f.shape * 2)
-        assert_close(dense(loss.hessian_mv), jnp.broadcast_to(said["hessian"], f.shape * 2), rtol=1e-10, atol=1e-12)
+        dense = lambda mv, like: dense_from_mv(lambda u: mv(u, f, y), like).reshape(*f.shape, *like.shape)
+        assert_close(dense(loss.hessian_mv, f), jnp.broadcast_to(said["hessian"], f.shape * 2), rtol=1e-10, atol=1e-12)
         if "square_root" in said:
-            assert_close(dense(loss.square_root_mv), jnp.broadcast_to(said["square_root"], f.shape * 2), rtol=1e-10, atol=1e-12)
+            S = dense(loss.square_root_mv, first_columns(loss, f, f))
+            assert_close(S, jnp.broadcast_to(said["square_root"], S.shape), rtol=1e-10, atol=1e-12)
         else:
             with pytest.raises(ValueError, match="no square root"):
                 loss.square_root_mv(f, f, y)
@@ -472,6 +473,7 @@ def test_half_precision(name, dtype):
     assert_close(loss.hessian_mv(u, f, y), loss.hessian_mv(u_, f_, y_).astype(dtype), rtol=bound)
     assert_close(loss.gradient(f, y), loss.gradient(f_, y_).astype(dtype), rtol=bound)
     if name not in INDEFINITE:
+        u, u_ = (first_columns(loss, v, f) for v in (u, u_))
         assert_close(loss.square_root_mv(u, f, y), loss.square_root_mv(u_, f_, y_).astype(dtype), rtol=bound)
 
 
@@ -534,7 +536,7 @@ def test_gradients_through_weights(name):
     mixed = jax.jacobian(lambda w: jax.grad(lambda f: loss.total(f, y, weight=w))(f))(w)
     assert_close(jnp.stack([mixed[i, ..., i] for i in range(3)]), loss.gradient(f, y), atol=1e-13)
     if name not in INDEFINITE:
-        assert bool(jnp.all(jnp.isfinite(jax.grad(lambda w: jnp.vdot(u, loss.square_root_mv(u, f, y, weight=w)))(w))))
+        assert bool(jnp.all(jnp.isfinite(jax.grad(lambda w: jnp.vdot(u, loss.square_root_mv(first_columns(loss, u, f), f, y, weight=w)))(w))))
 
 
 def test_ignored_labels():
@@ -568,7 +570,7 @@ def test_derivatives_by_class_weights():
     classes = jnp.array([0.5, 2.0, 0.0])
     slope = jax.jit(jax.grad(lambda w: CE(class_weight=w).total(f, y)))(classes)
     assert_close(slope, jnp.zeros(3).at[y].add(CE().value(f, y)), rtol=1e-14)
-    by_root = jax.jit(jax.grad(lambda w: jnp.sum(CE(class_weight=w).square_root_mv(u, f, y))))(classes)
+    by_root = jax.jit(jax.grad(lambda w: jnp.sum(CE(class_weight=w).square_root_mv(u[:, :-1], f, y))))(classes)
     assert bool(jnp.all(jnp.isfinite(by_root)))
     assert_close(CE(class_weight=classes).hessian_mv(u, f, jnp.full(7, 2)), jnp.zeros((7, 3)))
 
@@ -711,8 +713,9 @@ def test_class_axis(axis):
     for given in ({}, {"weight": jnp.array([1.0, 2.0])}, {"mask": jnp.asarray(np.random.default_rng(2).uniform(size=y.shape) > 0.5)}):
         assert_close(here.value(f, y, **given), there.value(last, y, **given))
         for method in ("hessian_mv", "square_root_mv", "square_root_transpose_mv"):
-            expected = jnp.moveaxis(getattr(there, method)(last, last, y, **given), -1, axis)
-            assert_close(getattr(here, method)(f, f, y, **given), expected)
+            u, u_last = (first_columns(here, f, f), first_columns(there, last, last)) if method == "square_root_mv" else (f, last)
+            expected = jnp.moveaxis(getattr(there, method)(u_last, last, y, **given), -1, axis)
+            assert_close(getattr(here, method)(u, f, y, **given), expected)
     hot = jax.nn.one_hot(y, 3, axis=axis, dtype=f.dtype)
     assert_close(here.value(f, hot), there.value(last, y))
     assert here.sample(jax.random.key(0), f).shape == y.shape

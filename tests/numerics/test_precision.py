@@ -7,6 +7,7 @@ import pytest
 from ggn_cases import LOSSES, POLICIES, batched, oracle_of, reference, run_python, targets
 from ggn_nb import create_ggn_mv, create_ggn_mv_without_data, create_loss_hessian_mv
 from ggn_nb.losses.binary_cross_entropy import binary_cross_entropy
+from ggn_nb.losses.common import first_columns
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.mse import mse
 from ggn_nb.tools.testing import assert_close
@@ -96,7 +97,7 @@ WITH_OPTIONS = [cross_entropy(label_smoothing=0.1), binary_cross_entropy(class_w
 def test_half_precision_is_rounded_once(loss):
     """Products over 4096 classes are computed in float32: each entry is as near as bfloat16 can be."""
     f, v = to("bfloat16", (normal(11, MANY), 1.0 + normal(12, MANY)))
-    for mv in (loss.hessian_mv, loss.square_root_mv, loss.square_root_transpose_mv):
+    for mv, v in ((loss.hessian_mv, v), (loss.square_root_mv, first_columns(loss, v, f)), (loss.square_root_transpose_mv, v)):
         got, wide = mv(v, f), mv(*to("float64", (v, f)))
         assert got.dtype == v.dtype
         assert jnp.all(jnp.abs(got.astype(jnp.float64) - wide) <= 2.0**-8 * jnp.abs(wide) + 1e-6 * jnp.max(jnp.abs(wide)))
@@ -122,8 +123,8 @@ def test_weights_of_classes_and_samples_keep_the_dtype(dtype, weight):
     for loss, y in [(cross_entropy(class_weight=classes, label_smoothing=0.2), labels),
                     (binary_cross_entropy(pos_weight=classes, class_weight=[1, 2, 3]), probabilities)]:
         for method in ("hessian_mv", "square_root_mv", "square_root_transpose_mv"):
-            mv = getattr(loss, method)
-            got, wide = mv(v, f, y, weight=weight), mv(*to("float64", (v, f, y)), weight=weight)
+            mv, u = getattr(loss, method), first_columns(loss, v, f) if method == "square_root_mv" else v
+            got, wide = mv(u, f, y, weight=weight), mv(*to("float64", (u, f, y)), weight=weight)
             assert got.dtype == f.dtype
             assert_close(to("float64", got), wide, rtol=2 * BOUND[dtype])
         for of in (loss.value, loss.gradient):
@@ -282,9 +283,11 @@ def test_entries_of_a_hessian_product_keep_their_digits(case):
 
 @cancelling
 def test_entries_of_a_transposed_square_root_keep_their_digits(case):
+    """q_k Σ_j a_j (v_k − v_j) at each class but the most likely one, m: a is p/(1 + q_m), and q_m at m."""
     u, f, wide_u, wide_f = single_and_double(case)
-    p = probabilities(wide_f)
-    want = np.sqrt(p) * ((wide_u[:, None] - wide_u) @ p)
+    q, m = np.sqrt(probabilities(wide_f)), np.argmax(wide_f)
+    a = np.where(np.arange(len(q)) == m, q, q**2 / (1 + q[m]))
+    want = np.delete(q * ((wide_u[:, None] - wide_u) @ a), m)
     got = cross_entropy().square_root_transpose_mv(u, f)
     assert relative_to(np.abs(want), got, want) < 2e-5
     assert relative_to(np.max(np.abs(want)), got, want) < 1e-6
@@ -292,17 +295,18 @@ def test_entries_of_a_transposed_square_root_keep_their_digits(case):
 
 @cancelling
 def test_entries_of_a_square_root_keep_their_digits(case):
-    """(S u)_k = q_k u_k Σ_{j≠k} p_j − p_k Σ_{j≠k} q_j u_j: right to the rounding of the terms of these two sums."""
+    """S u is right to the rounding of the terms S_kj u_j."""
     u, f, wide_u, wide_f = single_and_double(case)
-    p, apart = probabilities(wide_f), 1 - np.eye(len(wide_f))
-    x = np.sqrt(p) * wide_u
-    first, second = x * (apart @ p), p * (apart @ x)
+    u, wide_u = u[:-1], wide_u[:-1]
+    q, m = np.sqrt(probabilities(wide_f)), np.argmax(wide_f)
+    v = q + np.eye(len(q))[m]
+    S = q[:, None] * np.delete(np.eye(len(q)) - np.outer(v, v) / v[m], m, axis=1)
     got = cross_entropy().square_root_mv(u, f)
-    assert relative_to(np.abs(first) + p * (apart @ np.abs(x)), got, first - second) < 2e-6
+    assert relative_to(np.abs(S) @ np.abs(wide_u), got, S @ wide_u) < 2e-6
 
 
 def test_formulas_that_are_not_used_lose_the_digits():
-    """What the tests above would say of p (u − Σ p u), and of S u without the sum over the other classes."""
+    """What the tests above would say of p (u − Σ p u), and of diag(q) − p qᵀ, a root with C columns."""
     u, f, wide_u, wide_f = single_and_double("open, large constant")
     p32, p = jax.nn.softmax(f), probabilities(wide_f)
     want = p * ((wide_u[:, None] - wide_u) @ p)

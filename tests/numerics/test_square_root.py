@@ -88,7 +88,7 @@ def test_options_of_the_operator():
     for options in ({"reduction": "mean"}, {"batch_size": 2}, {"batch_size": 2, "linearize": "cached"}, {"linearize": "rematerialized", "num_total_samples": 50}):
         check(create_ggn_mv(linear, W, data(labels, **COUNT), "cross_entropy", **options), products="num_total_samples" in options)
     A = check(create_ggn_mv(all_at_once, W, data(labels, **COUNT), "cross_entropy", vmap_over_data=False, batch_size=2), products=True)
-    assert A.structure.shape == (N, C)
+    assert A.structure.shape == (N, C - 1)  # the rank of a position's H
     model, some = select_params(linear, W, "b")
     assert check(create_ggn_mv(model, some, data(), "mse")).shape == (C, N * C)
 
@@ -209,7 +209,7 @@ def test_fisher_kinds(kind):
     make = partial(create_fisher_mv, data=data(LABELS, **COUNT), loss_fn="cross_entropy", kind=kind, **drawn)
     F = make(linear, W)
     A = check(F, dense=None if kind == "empirical" else F.dense(), products=kind == "monte_carlo")
-    assert A.structure.shape == (N, {"monte_carlo": 3, "empirical": 1, "exact": C}[kind])
+    assert A.structure.shape == (N, {"monte_carlo": 3, "empirical": 1, "exact": C - 1}[kind])
     all_at_once = lambda input, params: jax.vmap(lambda x: linear(x, params))(input)
     if kind != "exact": assert_close(square_root(make(all_at_once, W, vmap_over_data=False, batch_size=2)).dense(), A.dense())
 
@@ -220,7 +220,7 @@ def test_several_heads_with_scales():
     model = lambda input, params: {"a": linear(input, params), "b": tokens(input, params)}
     given = data({"a": LABELS, "b": TOKENS}, weight={"a": COUNT["weight"], "b": PER_TOKEN["weight"]}, mask=COUNT["mask"])
     A = check(create_ggn_mv(model, W, given, heads, reduction="mean"), products=True)
-    assert jax.tree.map(lambda s: s.shape, A.structure) == {"a": (N, C), "b": (N, 3, C)}
+    assert jax.tree.map(lambda s: s.shape, A.structure) == {"a": (N, C - 1), "b": (N, 3, C)}
     scores = create_fisher_mv(model, W, given | {"target": None}, multi_head({"a": "cross_entropy", "b": "mse"}), kind="monte_carlo", key=random.key(0))
     check(scores, dense=scores.dense())
 
@@ -289,7 +289,7 @@ params, N = {"w": rng.standard_normal((3, 4)), "b": rng.standard_normal(4)}, 8
 data = {"input": rng.standard_normal((N, 3)), "target": rng.integers(0, 4, N), "weight": rng.uniform(size=N), "mask": np.arange(N) != 2}
 model = lambda input, params: jnp.tanh(input @ params["w"] + params["b"])
 params, data = jax.device_get((params, jax.tree.map(jnp.asarray, data)))
-u, v = rng.standard_normal((N, 4)), jax.tree.map(lambda p: rng.standard_normal(p.shape), params)
+v = jax.tree.map(lambda p: rng.standard_normal(p.shape), params)
 negative_log = lambda f, y: jax.nn.logsumexp(f) - f[y]
 agree = lambda got, want: assert_close(jax.device_get(got), jax.device_get(want), rtol=1e-12)
 for explicit in (False, True):
@@ -299,7 +299,7 @@ for explicit in (False, True):
     there, spread = put(params), put(data, "data")
     for loss, options in (("cross_entropy", {"batch_size": 4}), (negative_log, {}))[: 1 + (not explicit)]:
         A, want = (square_root(create_ggn_mv(model, *at, loss, **options)) for at in ((there, spread), (params, data)))
-        columns = A.T(put(v))
+        u, columns = rng.standard_normal(A.structure.shape), A.T(put(v))
         agree(columns, want.T(v))
         assert columns.sharding.spec[0] in ("data", ("data",)), columns.sharding
         agree(A(put(u, "data")), want(u))

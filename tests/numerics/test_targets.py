@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from ggn_nb import create_ggn_mv, create_loss, create_loss_hessian_mv, multi_head
 from ggn_nb.losses.closed_form import registered_losses
+from ggn_nb.losses.common import first_columns
 from ggn_nb.tools.testing import assert_close
 from jax import random
 
@@ -51,7 +52,7 @@ def methods(loss, u):
     found = [loss.value, loss.gradient, loss.weight_sum, loss.counted, loss.total]
     products = [loss.hessian_mv, lambda *a, **k: create_loss_hessian_mv(loss)(*a, **k)]
     if loss.formulas.square_root_mv is not None:
-        products += [loss.square_root_mv, loss.square_root_transpose_mv]
+        products += [lambda u, f, *a, **k: loss.square_root_mv(first_columns(loss, u, f), f, *a, **k), loss.square_root_transpose_mv]
     return found + [lambda f, y, mv=mv, **given: mv(u, f, y, **given) for mv in products]
 
 
@@ -134,7 +135,7 @@ def test_a_target_outside_of_the_domain_is_nan_under_jit_and_nothing_else_is(nam
     if loss.target_use == "required":
         results += [lambda f, y: loss.hessian_mv(u, f, y)]
         if loss.formulas.square_root_mv is not None:
-            results += [lambda f, y: loss.square_root_mv(u, f, y)]
+            results += [lambda f, y: loss.square_root_mv(first_columns(loss, u, f), f, y)]
     rows = lambda result: np.asarray(result).reshape(4, -1)
     for result in results:
         compiled = jax.jit(result)
