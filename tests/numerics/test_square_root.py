@@ -22,11 +22,14 @@ from ggn_nb import (
     create_ggn_mv_without_data,
     create_hessian_mv,
     create_loss,
+    diagonal,
+    gram,
     multi_head,
     select_params,
     square_root,
+    verify,
 )
-from ggn_nb.losses import registered_losses
+from ggn_nb.losses import ClosedFormLoss, Formulas, registered_losses
 from ggn_nb.operators.square_root import loss_columns, num_columns, with_root
 from ggn_nb.tools.testing import assert_close, random_like
 from ggn_nb.tools.timing import count_compiles
@@ -363,3 +366,43 @@ def test_positions_of_too_many_numbers():
     v = random_like(random.key(0), W)
     A = square_root(of(lambda f, y: jnp.sum(f**4, axis=-1)))
     assert_close(A(A.T(v)), A.operator(v))
+
+
+# Fewer columns than numbers
+
+
+def squared_differences():
+    """Σ_k (d_k)² over the differences d of neighbours in f − y, which do not see a constant."""
+    D = lambda f: f[..., :-1] - f[..., 1:]
+    back = lambda d: jnp.pad(d, [(0, 0)] * (d.ndim - 1) + [(0, 1)]) - jnp.pad(d, [(0, 0)] * (d.ndim - 1) + [(1, 0)])
+    return Formulas(
+        value=lambda f, y: jnp.sum(D(f - y) ** 2, axis=-1),
+        gradient=lambda f, y: back(2 * D(f - y)),
+        hessian_mv=lambda u, f, y: back(2 * D(u)),
+        square_root_mv=lambda u, f, y: back(2**0.5 * u),
+        square_root_transpose_mv=lambda v, f, y: 2**0.5 * D(v),
+        nullity=1)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_formulas_whose_hessian_has_a_null_space(axis):
+    loss = ClosedFormLoss("squared_differences", squared_differences(), axis=axis)
+    model = linear if axis == -1 else lambda input, params: jnp.stack([linear(input, params), linear(input, params) ** 2], axis=1)
+    target = Y if axis == -1 else jnp.stack([Y, Y], axis=2)
+    G = create_ggn_mv(model, W, data(target, weight=COUNT["weight"]), loss)
+    A = check(G, products=True)
+    assert A.structure.shape == ((N, C - 1) if axis == -1 else (N, C - 1, 2))
+    pred = jax.vmap(partial(model, params=W))(X)[0]
+    assert all(check.passed for check in verify(loss, pred, jnp.asarray(target)[0]).checks)
+    with pytest.raises(ValueError, match=r"^u: got shape .* as in column_structure\(pred\)"): loss.square_root_mv(pred, pred)
+    with pytest.raises(ValueError, match="^axis: got None.*nullity, 1"): ClosedFormLoss("squared_differences", squared_differences())
+
+
+def test_cross_entropy_has_columns_for_all_classes_but_one():
+    """The Gram matrix of samples that all count has full rank; one class alone has a column of zeros."""
+    G = create_ggn_mv(linear, W, data(LABELS), "cross_entropy")
+    assert square_root(G).shape[1] == N * (C - 1) == np.linalg.matrix_rank(gram(G).dense())
+    single = create_ggn_mv(lambda input, params: linear(input, params)[:1], W, data(jnp.zeros(N, int)), "cross_entropy")
+    A = square_root(single)
+    assert A.structure.shape == (N, 1) and not np.any(A.dense())
+    assert jax.tree.all(jax.tree.map(lambda d: jnp.all(d == 0), diagonal(single)))
