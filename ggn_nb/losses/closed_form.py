@@ -424,6 +424,7 @@ class ClosedFormLoss(Loss):
 
     Raises:
 
+    - `ValueError`: for formulas with a nullity, but without an `axis`.
     - `TypeError`, `ValueError`: in the methods, where an argument does not fit; it is named.
 
     Example:
@@ -454,6 +455,9 @@ class ClosedFormLoss(Loss):
     def __post_init__(self):
         if self.is_likelihood is None:
             object.__setattr__(self, "is_likelihood", self.formulas.sample is not None)
+        if self.axis is None and self.formulas.nullity:
+            raise ValueError(f"axis: got None, expected the axis of a position's vector, where "
+                             f"formulas have a nullity, {self.formulas.nullity}")
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "One number for each position, times its weight; dtype of pred"
