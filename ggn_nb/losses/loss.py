@@ -105,12 +105,12 @@ class Loss(ABC):
 
     def square_root_mv(self, u: Any, pred: Any, target: Any = None, *,
                        weight: Any = None, mask: Any = None) -> Any:
-        "S `u` with S Sᵀ = H, weighted: shapes and dtypes of `u`. `ValueError` where there is no S."
+        "S `u` with S Sᵀ = H, weighted: shaped like `pred`. `ValueError` where there is no S."
         raise _not_written(self, "square_root_mv")
 
     def square_root_transpose_mv(self, v: Any, pred: Any, target: Any = None, *,
                                  weight: Any = None, mask: Any = None) -> Any:
-        "Sᵀ `v`, weighted: shapes and dtypes of `v`. `ValueError` where there is no S."
+        "Sᵀ `v`, weighted: shaped like `column_structure`. `ValueError` where there is no S."
         raise _not_written(self, "square_root_transpose_mv")
 
     def column_structure(self, pred: Any, target: Any = None) -> Any:
