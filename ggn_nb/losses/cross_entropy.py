@@ -100,12 +100,13 @@ def _expected(z, y, class_weight, label_smoothing) -> jax.Array:
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ce200002
 def _most_likely(f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    "Is it the first largest logit? How far is it below? And the sum r, with its axis"
+    "By how many places is it after the first largest logit? How far below? And r, with its axis"
     numbers = jax.lax.broadcasted_iota(jnp.int32, f.shape, f.ndim - 1)
-    top = numbers == jnp.argmax(f, axis=-1, keepdims=True).astype(jnp.int32)
+    place = numbers - jnp.argmax(f, axis=-1, keepdims=True).astype(jnp.int32)
+    top = place == 0
     largest = jnp.sum(jnp.where(top, f, 0), axis=-1, keepdims=True)
     gap = jnp.where(top, 0, jnp.broadcast_to(largest, f.shape) - f)
-    return top, gap, jnp.sum(jnp.where(top, 0, jnp.exp(-gap)), axis=-1, keepdims=True)
+    return place, gap, jnp.sum(jnp.where(top, 0, jnp.exp(-gap)), axis=-1, keepdims=True)
 
 
 def _minus_log_p(f: jax.Array) -> jax.Array:
@@ -150,12 +151,12 @@ def cross_entropy_gradient(
     "s p − t, p = softmax(f), with s = Σ_c t_c, which is 1 without class weights"
     s = _total_weight(f, y, class_weight, label_smoothing)
     t = _target_distribution(f, y, class_weight, label_smoothing)
-    top, gap, rest = _most_likely(f)
+    place, gap, rest = _most_likely(f)
     p = jnp.exp(-gap) / (1 + rest)
     others = jnp.broadcast_to(rest / (1 + rest), f.shape)  # 1 − p of the most likely class
     ones = jnp.ones_like(f)
     most_likely = (_multiplied(s, ones) - t) - _multiplied(s, others)
-    return jnp.where(top, most_likely, _multiplied(s, p) - t)
+    return jnp.where(place == 0, most_likely, _multiplied(s, p) - t)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #ec5769c6
 def _softmax(f) -> tuple[jax.Array, jax.Array]:
@@ -194,11 +195,10 @@ def cross_entropy_hessian_diagonal(
 # %% ../../nbs/losses/11_cross_entropy.ipynb #c8bd9dc0
 def _reflection(f: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     "q = √p; b = (q + e_m)/(1 + q_m); by how many places each class comes after the most likely m"
-    top, gap, rest = _most_likely(f)
-    q, q_m = jnp.exp(-gap / 2) / jnp.sqrt(1 + rest), 1 / jnp.sqrt(1 + rest)
-    m = jnp.argmax(f, axis=-1, keepdims=True).astype(jnp.int32)
-    number = jax.lax.broadcasted_iota(jnp.int32, f.shape, f.ndim - 1)
-    return q, jnp.where(top, 1, q / (1 + q_m)), number - m
+    place, gap, rest = _most_likely(f)
+    norm = jnp.sqrt(1 + rest)
+    q, q_m = jnp.exp(-gap / 2) / norm, 1 / norm
+    return q, jnp.where(place == 0, 1, q / (1 + q_m)), place
 
 
 def cross_entropy_square_root_mv(

@@ -236,11 +236,10 @@ def is_psd(
 def _square_root_matrices(loss: Loss, pred: Any, target: Any, given: dict) -> dict[str, jax.Array]:
     "S and Sᵀ, dense, where the loss has a square root"
     dense = lambda mv, like: dense_from_mv(lambda u: mv(u, pred, target, **given), like)
-    structure = loss.column_structure(pred, target)
-    columns = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), structure)
-    try: S = dense(loss.square_root_mv, columns)
+    columns = jax.tree.map(jnp.zeros_like, loss.column_structure(pred, target))
+    mvs = {"S": (loss.square_root_mv, columns), "Sᵀ": (loss.square_root_transpose_mv, pred)}
+    try: return {name: dense(*of) for name, of in mvs.items()}
     except ValueError: return {}
-    return {"S": S, "Sᵀ": dense(loss.square_root_transpose_mv, pred)}
 
 
 def _square_root_checks(

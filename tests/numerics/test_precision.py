@@ -97,9 +97,9 @@ WITH_OPTIONS = [cross_entropy(label_smoothing=0.1), binary_cross_entropy(class_w
 def test_half_precision_is_rounded_once(loss):
     """Products over 4096 classes are computed in float32: each entry is as near as bfloat16 can be."""
     f, v = to("bfloat16", (normal(11, MANY), 1.0 + normal(12, MANY)))
-    for mv, v in ((loss.hessian_mv, v), (loss.square_root_mv, first_columns(loss, v, f)), (loss.square_root_transpose_mv, v)):
-        got, wide = mv(v, f), mv(*to("float64", (v, f)))
-        assert got.dtype == v.dtype
+    for mv, u in ((loss.hessian_mv, v), (loss.square_root_mv, first_columns(loss, v, f)), (loss.square_root_transpose_mv, v)):
+        got, wide = mv(u, f), mv(*to("float64", (u, f)))
+        assert got.dtype == u.dtype
         assert jnp.all(jnp.abs(got.astype(jnp.float64) - wide) <= 2.0**-8 * jnp.abs(wide) + 1e-6 * jnp.max(jnp.abs(wide)))
 
 

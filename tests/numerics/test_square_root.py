@@ -141,6 +141,8 @@ def test_a_square_root_that_was_given_is_used():
     G = create_ggn_mv(linear, W, data(**COUNT), square)
     assert check(G).operator is G
     half = replace(square, square_root_transpose=None)
+    names = {loss: [check.name for check in verify(loss, Y, Y).checks] for loss in (square, half)}
+    assert "S Sᵀ = H" in names[square] and "S Sᵀ = H" not in names[half]
     assert check(create_ggn_mv(linear, W, data(**COUNT), half)).operator.problem.loss.loss.square_root is not None
     wrong = replace(square, square_root_transpose=lambda v, pred, target: v[1:])
     with pytest.raises(ValueError, match="^square_root: got a product of shape"): square_root(create_ggn_mv(linear, W, data(**COUNT), wrong))
