@@ -155,20 +155,23 @@ class Entries:
         return ParsedTarget(y, jnp.isfinite(y) & self.inside(y), fill=self.fill)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #87152153
-def read_vector_and_prediction(
-    v: Any,  # vector: floating-point array
-    pred: Any,  # prediction: floating-point array
-    name: str = "jv",  # the vector's name, for the message
-    columns: Any = None,  # the structure of the vector; None: it is shaped like `pred`
-) -> tuple[jax.Array, jax.Array]:
-    "`v` and `pred` in their working precision; an error where they are no arrays that fit"
+class Vector(NamedTuple):
+    "The vector of a product"
+    values: Any  # floating-point array
+    name: str = "jv"  # for messages
+    structure: Any = None  # its shape and dtype; None: it is shaped like the prediction
+
+
+def read_vector_and_prediction(vector: Vector, pred: Any) -> tuple[jax.Array, jax.Array]:
+    "Both in their working precision; an error where they are no floating-point arrays that fit"
+    v, name, structure = vector
     check_array(pred, "pred")
     check_array(v, name)
+    shape = jnp.shape(pred if structure is None else structure)
+    if jnp.shape(v) != shape:
+        said = "pred" if shape == jnp.shape(pred) else "column_structure(pred)"
+        raise ValueError(f"{name}: got shape {jnp.shape(v)}, expected {shape} as in {said}")
     v, pred = jnp.asarray(v), jnp.asarray(pred)
-    shape = pred.shape if columns is None else columns.shape
-    if v.shape != shape:
-        said = "pred" if shape == pred.shape else "column_structure(pred)"
-        raise ValueError(f"{name}: got shape {v.shape}, expected {shape} as in {said}")
     dtype = working_dtype(v.dtype, pred.dtype)
     return v.astype(dtype), pred.astype(dtype)
 
@@ -305,11 +308,9 @@ def _mean_weight(weight, class_weight, counted, f, shape) -> jax.Array:
     return weigh(ones, weight, None if counted is None else ~counted)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #0801d718
-def _read_inputs(
-    loss, pred, target, weight, mask, target_use, v=None, name="pred", columns=None
-) -> FormulaInputs:
+def _read_inputs(loss, pred, target, weight, mask, target_use, vector=None) -> FormulaInputs:
     "What a formula of `loss` is given"
-    u, f = read_vector_and_prediction(pred if v is None else v, pred, name, columns)
+    u, f = read_vector_and_prediction(vector or Vector(pred, "pred"), pred)
     _check_axis(f.shape, loss.axis)
     f, u = _axis_last(f, loss.axis), _axis_last(u, loss.axis)
     shape = f.shape if loss.axis is None else f.shape[:-1]
@@ -324,8 +325,8 @@ def _read_inputs(
     sound = _all_of(_finite(f, loss.axis), _finite(u, loss.axis), parsed.valid)
     blank = blank_positions(w, counted, sound)
     y = None if parsed.values is None else erase(parsed.values, blank, parsed.fill)
-    return FormulaInputs(_nan_where(wrong, erase(f, blank)), y, None if v is None else u, w, blank,
-                         mean_weight, wrong, faults, parsed.fill)
+    return FormulaInputs(_nan_where(wrong, erase(f, blank)), y, None if vector is None else u, w,
+                         blank, mean_weight, wrong, faults, parsed.fill)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #7d579396
 def _overflows(formula, at: FormulaInputs) -> jax.Array:
@@ -361,18 +362,17 @@ def _original_axes(result, f, axis) -> jax.Array:
     return result if axis is None or result.ndim < f.ndim else jnp.moveaxis(result, -1, axis)
 
 
-def _apply(
-    loss, method, like, target_use, pred, target, given, v=None, name="pred", columns=None
-) -> jax.Array:
-    "A formula on checked inputs; result in the dtype of `like`, with its axes"
+def _apply(loss, method, target_use, pred, target, given, vector=None) -> jax.Array:
+    "A formula on checked inputs; result in the dtype of the vector, or else of the prediction"
     formula = _formula(loss, method)
-    at = _read_inputs(loss, pred, target, *given, target_use, v, name, columns)
+    at = _read_inputs(loss, pred, target, *given, target_use, vector)
     raise_faults(at.faults)
     formula = partial(formula, **loss.options_in(at.f.dtype))
     at = _without_overflow(formula, at)
     weight = root(at.weight) if method.startswith("square_root") else at.weight
     result = _nan_where(at.wrong, weigh(formula(*at.arguments), weight, at.blank))
-    return _original_axes(result.astype(jnp.result_type(like)), at.f, loss.axis)
+    dtype = jnp.result_type(pred if vector is None else vector.values)
+    return _original_axes(result.astype(dtype), at.f, loss.axis)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #b2d00001
 def _diagonal_by_products(loss, pred, target, given) -> jax.Array:
@@ -461,29 +461,31 @@ class ClosedFormLoss(Loss):
 
     def value(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "One number for each position, times its weight; dtype of pred"
-        return _apply(self, "value", pred, self._value_use, pred, target, (weight, mask))
+        return _apply(self, "value", self._value_use, pred, target, (weight, mask))
 
     def gradient(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "The gradient of the total value; shape and dtype of pred"
-        return _apply(self, "gradient", pred, self._value_use, pred, target, (weight, mask))
+        return _apply(self, "gradient", self._value_use, pred, target, (weight, mask))
 
     def hessian_mv(self, jv, pred, target=None, *, weight=None, mask=None, **kwargs) -> jax.Array:
         "H jv; shape and dtype of jv"
-        return self._product("hessian_mv", jv, "jv", pred, target, (weight, mask))
+        vector = Vector(jv, "jv")
+        return _apply(self, "hessian_mv", self.target_use, pred, target, (weight, mask), vector)
 
     def square_root_mv(self, u, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "S u; shape of pred, dtype of u. `ValueError` where H is indefinite"
-        check_array(pred, "pred")
-        columns = self.column_structure(pred)
-        return self._product("square_root_mv", u, "u", pred, target, (weight, mask), columns)
+        vector = Vector(u, "u", self.column_structure(pred))
+        return _apply(self, "square_root_mv", self.target_use, pred, target, (weight, mask), vector)
 
     def square_root_transpose_mv(self, v, pred, target=None, *,
                                  weight=None, mask=None) -> jax.Array:
         "Sᵀ v; shape of `column_structure`, dtype of v. `ValueError` where H is indefinite"
-        return self._product("square_root_transpose_mv", v, "v", pred, target, (weight, mask))
+        return _apply(self, "square_root_transpose_mv", self.target_use, pred, target,
+                      (weight, mask), Vector(v, "v"))
 
     def column_structure(self, pred, target=None) -> jax.ShapeDtypeStruct:
         "What S takes: like pred, with as many numbers along `axis` as H has non-zero eigenvalues"
+        check_array(pred, "pred")
         like = super().column_structure(pred, target)
         if not self.formulas.nullity: return like
         _check_axis(like.shape, self.axis)
@@ -491,12 +493,18 @@ class ClosedFormLoss(Loss):
         shape[self.axis] = max(1, shape[self.axis] - self.formulas.nullity)
         return jax.ShapeDtypeStruct(tuple(shape), like.dtype)
 
+    def num_position_axes(self, pred, target=None) -> int:
+        "Those before the axis of a position's vector; all where each entry is a position"
+        shape = jnp.shape(pred)
+        _check_axis(shape, self.axis)
+        return len(shape) if self.axis is None else self.axis % len(shape)
+
     def hessian_diagonal(self, pred, target=None, *, weight=None, mask=None) -> jax.Array:
         "The diagonal of H; shape and dtype of pred"
         given = pred, target, (weight, mask)
         if self.formulas.hessian_diagonal is None:
             return _diagonal_by_products(self, *given)
-        return _apply(self, "hessian_diagonal", pred, self.target_use, *given)
+        return _apply(self, "hessian_diagonal", self.target_use, *given)
 
     def sample(self, key, pred) -> jax.Array:
         "Targets drawn from the distribution at `pred`. `ValueError` where the loss has none"
@@ -534,9 +542,6 @@ class ClosedFormLoss(Loss):
 
     @property
     def _value_use(self) -> TargetUse: return "unused" if self.read_target is None else "required"
-
-    def _product(self, method, v, name, pred, target, given, columns=None) -> jax.Array:
-        return _apply(self, method, v, self.target_use, pred, target, given, v, name, columns)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #79eaf8c6
 _MAKERS: dict[str, Callable[..., Loss]] = {}

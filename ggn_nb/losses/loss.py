@@ -39,8 +39,8 @@ class Loss(ABC):
 
     A loss is a pytree whose leaves are its options, so it may be an argument of a compiled program.
     A subclass writes `hessian_mv`, `weight_sum` and `faults`, and those of the other methods that
-    it has. The others raise `ValueError`, with three exceptions: `counted` returns the mask,
-    `column_structure` is that of the prediction, and `total` needs `value` only.
+    it has. The others raise `ValueError`, with four exceptions: `counted` returns the mask,
+    `column_structure` is that of the prediction, and `total` and `num_position_axes` need `value`.
 
     Arguments of the methods:
 
@@ -119,6 +119,18 @@ class Loss(ABC):
         S has a column for each of its numbers. `pred` and `target` may be shapes and dtypes too.
         """
         return jax.tree.map(_structure_of, pred)
+
+    def num_position_axes(self, pred: Any, target: Any = None) -> int:
+        """How many axes, in front of every leaf of `pred`, number positions.
+
+        By default all axes of `value`, where each leaf begins with them; 0 where one does not, or
+        there is no value.
+        """
+        try: values = jax.tree.leaves(jax.eval_shape(self.value, pred, target))
+        except ValueError: return 0
+        shape = values[0].shape if len(values) == 1 else ()
+        fits = [jnp.shape(leaf)[: len(shape)] == shape for leaf in jax.tree.leaves(pred)]
+        return len(shape) if all(fits) else 0
 
     def sample(self, key: jax.Array, pred: Any) -> Any:
         "Targets drawn from the distribution at `pred`. `ValueError` where there is none."

@@ -9,6 +9,7 @@ __all__ = ['MultiHeadLoss', 'multi_head']
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from os.path import commonprefix
 from typing import Any
 
 import jax
@@ -147,6 +148,15 @@ class MultiHeadLoss(Loss):
         "The structure of each head's columns"
         each = each_head(self.losses, pred, target, None, None)
         return self._tree([loss.column_structure(f, y) for loss, f, y, _, _ in each])
+
+    def num_position_axes(self, pred, target=None) -> int:
+        "How many leading axes all heads share that number the positions of each"
+        def positions(head):
+            loss, f, y, _, _ = head
+            leaf = jax.tree.leaves(f)[0]
+            return jnp.shape(leaf)[: loss.num_position_axes(f, y)]
+        shapes = map(positions, each_head(self.losses, pred, target, None, None))
+        return len(commonprefix(list(shapes)))
 
     def sample(self, key, pred) -> Any:
         "A target for each head, drawn independently"

@@ -49,15 +49,6 @@ class Rows(NamedTuple):
         parts = zip(jnp.split(rows, ends, axis=1), leaves, strict=True)
         return treedef.unflatten([p.reshape(s.shape).astype(s.dtype) for p, s in parts])
 
-# %% ../../nbs/losses/06_square_root.ipynb #5a000006
-def _position_axes(loss: Loss, pred: Any, target: Any) -> int:
-    "How many leading axes of each leaf of `pred` number the positions of the loss; 0: none do"
-    try: values = jax.tree.leaves(jax.eval_shape(loss.value, pred, target))
-    except ValueError: return 0  # only the Hessian is known
-    shape = values[0].shape if len(values) == 1 else ()
-    fits = [jnp.shape(leaf)[: len(shape)] == shape for leaf in jax.tree.leaves(pred)]
-    return len(shape) if all(fits) else 0
-
 # %% ../../nbs/losses/06_square_root.ipynb #5a000007
 _MOST = 4096  # numbers of one position
 
@@ -159,6 +150,7 @@ class RootFromHessian(Loss):
     def weight_sum(self, *args, **given) -> Any: return self.loss.weight_sum(*args, **given)
     def faults(self, *args, **given) -> dict: return self.loss.faults(*args, **given)
     def counted(self, *args, **given) -> Any: return self.loss.counted(*args, **given)
+    def num_position_axes(self, *args) -> int: return self.loss.num_position_axes(*args)
 
     def square_root_mv(self, u, pred, target=None, **given) -> Any:
         "S u; a pytree like `pred`"
@@ -191,7 +183,7 @@ class RootFromHessian(Loss):
     def _rows_and_product(self, pred, target, given) -> tuple[Rows, Any]:
         "How positions are numbered, and H v for v of such rows; in float32 or better"
         pred, target = _widened((pred, target))
-        axes = _position_axes(self.loss, pred, target) if self.by_position else 0
+        axes = self.num_position_axes(pred, target) if self.by_position else 0
         rows = Rows(axes, self.column_structure(pred))
         product = lambda v: rows.read(self.loss.hessian_mv(rows.write(v), pred, target, **given))
         return rows, product

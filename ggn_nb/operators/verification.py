@@ -369,16 +369,10 @@ def _means_of_parts(loss: Loss, whole: tuple, n: int) -> dict[str, tuple[jax.Arr
     return {"the mean is the same in chunks": (mean, loss.total(f, y, reduction="mean", **w))}
 
 
-def _is_along_first(loss: Loss, pred: Any) -> bool:
-    "Does the first axis number the entries of a position, and not positions?"
-    axis = getattr(loss, "axis", None)
-    return axis is not None and axis % jnp.ndim(pred) == 0
-
-
 def _claims_of_parts(loss: Loss, u: Any, pred: Any, target: Any, given: dict) -> dict:
     "Means and products of the parts are those of the whole: what was found, and what is expected"
     n, whole = _common_length((pred, target, given)), (u, pred, target, given)
-    if n < 2 or _is_along_first(loss, pred): return {}
+    if n < 2 or loss.num_position_axes(pred, target) == 0: return {}
     has_mean = target is not None or isinstance(loss, CustomLoss)
     means = _means_of_parts(loss, whole, n) if has_mean else {}
     return _products_of_parts(loss, whole, n) | means

@@ -152,3 +152,34 @@ def test_what_is_no_number_is_refused_by_name(check, name):
             check("mse", jnp.ones(2), **({"target": jnp.ones(2)} | {name: wrong}))
     with pytest.raises(TypeError, match="^pred: got"):
         check("mse", ["one"], [1.0])
+
+
+# What numbers positions
+
+CLASSES_FIRST = create_loss("cross_entropy", axis=0)
+
+
+@pytest.mark.parametrize("loss, pred", [
+    (CLASSES_FIRST, jnp.eye(4)),
+    (multi_head({"a": CLASSES_FIRST, "b": "mse"}), {"a": jnp.eye(4), "b": jnp.eye(4)}),
+    (multi_head(["mse", [CLASSES_FIRST]]), [jnp.eye(4), [jnp.eye(4)]]),
+    (lambda pred, target: jax.nn.logsumexp(pred - target), jnp.eye(4)),
+])
+def test_what_is_one_position_is_not_cut(loss, pred):
+    target = None if not callable(loss) else jnp.zeros((4, 4))
+    assert "H is the same in chunks" not in [check.name for check in verify(loss, pred, target, raise_on_failure=True).checks]
+
+
+@pytest.mark.parametrize("loss, shapes, axes", [
+    ("mse", (5, 4, 3), 3),
+    ("cross_entropy", (5, 4, 3), 2),
+    (create_loss("cross_entropy", axis=1), (5, 4, 3), 1),
+    (lambda pred, target: jnp.sum(pred**4, axis=(1, 2)), (5, 4, 3), 1),
+    (lambda pred, target: jnp.sum(pred["a"] ** 4) + jnp.sum(pred["b"] ** 4), {"a": (5, 4), "b": (5,)}, 0),
+    (multi_head({"a": "cross_entropy", "b": "mse"}), {"a": (5, 4, 3), "b": (5, 4)}, 2),
+    (multi_head({"a": "cross_entropy", "b": "cross_entropy"}), {"a": (5, 4, 3), "b": (5, 6, 3)}, 1),
+    (multi_head({"a": "cross_entropy", "b": "mse"}), {"a": (5, 4, 3), "b": ()}, 0),
+])
+def test_axes_of_positions(loss, shapes, axes):
+    pred = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: type(x) is tuple)
+    assert create_loss(loss).num_position_axes(pred, None) == axes
