@@ -103,7 +103,7 @@ class _Blocks:
             return contract("nci,ncj->ij", signed, rows, precision="highest")
         part = [pairs.leaves[i] for i in own], pairs.signs
         num_columns = pairs.num_samples_and_columns[1]
-        return sum_over_chunks(add_up, part, max(1, 2**24 // (num_columns * size)))
+        return sum_over_chunks(add_up, part, max(1, 2**24 // max(1, num_columns * size)))
 
 
 def _flat_gradients(leaf: Sequence[Pair], like: Any) -> jax.Array:

@@ -71,5 +71,6 @@ def _of_leaf(p: Sequence[Pair], q: Sequence[Pair], like: Any) -> jax.Array:
 # %% ../../nbs/layers/06_inner.ipynb #9e160025
 def inner_products(pairs: ModelPairs, others: ModelPairs) -> jax.Array:
     "⟨gradient, gradient′⟩ for all samples and columns, (N C, N′ C′)"
+    pairs.num_samples_and_columns  # refused where there are none
     each = zip(pairs.leaves, others.leaves, pairs.structures, strict=True)
     return sum(_of_leaf(p, q, like) for p, q, like in each if p and q)

@@ -136,12 +136,22 @@ def _add_rows(a: jax.Array, g: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jnp.zeros(shape, g.dtype).at[a].add(g, mode="drop")
 
 # %% ../../nbs/layers/01_pairs.ipynb #031d0028
+def _first_of_each(a: jax.Array) -> jax.Array:
+    "For each of T positions, the first one that has the same number: (T,)"
+    order = jnp.argsort(a, stable=True)
+    is_new = jnp.diff(a[order], prepend=-1) != 0
+    start = jax.lax.cummax(jnp.where(is_new, jnp.arange(len(a)), 0))
+    return jnp.zeros_like(order).at[order].set(order[start])
+
+
 def _sums_of_rows(a: jax.Array, g: jax.Array, num_rows: int) -> jax.Array:
     "g of all positions with the same number, at the first of them; elsewhere zero"
-    same = a[..., :, None] == a[..., None, :]
-    first = jnp.where(a < num_rows, jnp.argmax(same, axis=-1), -1)  # −1: nowhere
-    at_first = jax.nn.one_hot(first, a.shape[-1], axis=-2, dtype=working_dtype(g.dtype))
-    return contract("nbtu,ncbuo->ncbto", at_first, g, precision=_EXACT)
+    g = g.astype(working_dtype(g.dtype))
+    first = jax.vmap(jax.vmap(_first_of_each))(a)
+    first = jnp.where(a < num_rows, first, a.shape[-1])  # beyond the last: nowhere
+    add_up = lambda first, g: _add_rows(first, g, g.shape)
+    of_columns = jax.vmap(add_up, (None, 0))  # of a block's g, (C, T, D)
+    return jax.vmap(jax.vmap(of_columns, (0, 1), 1))(first, g)
 
 # %% ../../nbs/layers/01_pairs.ipynb #031d0006
 @partial(register_pytree, data_fields=["a", "g"], meta_fields=["view", "kind", "note", "bias"])
