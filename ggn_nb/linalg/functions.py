@@ -514,6 +514,27 @@ class _Pairs(NamedTuple):
 _by_lobpcg = program_of_products(lobpcg_eigenpairs, static_argnums=(1, 2, 3, 4))
 
 
+_SMALL = 300  # so many parameters fit in a basis
+
+
+def _by_lanczos(
+    multiply: FlatProduct, k: int, which: Which, tolerance: float, max_steps: int, key: jax.Array
+) -> _Pairs:
+    "With a basis of a few vectors; where 2 P products were not enough, with one of all P"
+    P = multiply.size
+    def find(size, max_steps):
+        found = lanczos_eigenpairs(multiply, k, which, size, tolerance, max_steps, key)
+        is_doubtful = found.seen < jnp.inf  # a look outside did not find that nothing is missing
+        ended = found.done | ((found.errors <= tolerance) & ~is_doubtful)
+        return _Pairs(found.values, found.basis.vectors, found.scale, ended)
+    size = min(P, max(2 * k + 1, 20))
+    if not size < P <= min(_SMALL, max_steps // 3): return find(size, max_steps)
+    pairs, whole = find(size, 2 * P), partial(find, P, P)
+    if not is_traced(pairs): return pairs if pairs.ended.all() else whole()
+    own = lambda pairs: pairs._replace(vectors=pairs.vectors[:k])
+    return jax.lax.cond(pairs.ended.all(), lambda: own(pairs), lambda: own(whole()))
+
+
 def _pairs_by_products(
     multiply: FlatProduct, k: int, which: Which, method: Method, tolerance: float, max_steps: int,
     key: jax.Array,
@@ -522,10 +543,7 @@ def _pairs_by_products(
     if method == "lobpcg":
         values, vectors = _by_lobpcg(multiply, k, which, tolerance, max_steps, key)
         return _Pairs(values, vectors, jnp.max(jnp.abs(values)), jnp.array(True))
-    size = min(multiply.size, max(2 * k + 1, 20))
-    found = lanczos_eigenpairs(multiply, k, which, size, tolerance, max_steps, key)
-    ended = found.done | (found.errors <= tolerance)
-    return _Pairs(found.values, found.basis.vectors, found.scale, ended)
+    return _by_lanczos(multiply, k, which, tolerance, max_steps, key)
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a12
 @program_of_products

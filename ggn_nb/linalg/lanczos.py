@@ -241,11 +241,10 @@ def _assessed(
     s: Search, basis: Basis, ritz: Ritz, converged: jax.Array, look: tuple[jax.Array, jax.Array],
     k: int, tolerance: jax.Array, max_steps: jax.Array,
 ) -> Search:
-    "After a cycle, and perhaps a look outside, with all Ritz pairs of its basis"
+    "After a cycle, and perhaps a look outside (is nothing missing? and its products)"
     complete, looked = look
     values, size = ritz.values, len(ritz.values)
-    same = jnp.all(jnp.abs(values[:k] - s.seen) <= 10 * tolerance * ritz.scale)
-    done = (converged & (complete | same)) | (size == basis.vectors.shape[1])
+    done = (converged & complete) | (size == basis.vectors.shape[1])
     kept = jnp.where(converged, k, k + (size - k) // 4)
     own, key = jax.random.split(s.key)
     grows_anew = lambda rows: jax.lax.cond(
@@ -271,6 +270,13 @@ def _bounds(ritz: Ritz, k: int, which: Which, tolerance: float) -> Any:
     return xp.asarray([bound(1), bound(-1)], ritz.values.dtype)
 
 
+def _seen_again(s: Search, ritz: Ritz, k: int, tolerance: float) -> tuple[jax.Array, jax.Array]:
+    "Have the wanted pairs converged, after a look with the best of the others? Are they the same?"
+    is_found, is_first = ritz.errors <= tolerance, s.seen[0] == jnp.inf
+    converged = is_found[:k].all() & (is_first | is_found[k : k + 1].all())
+    return converged, (abs(ritz.values[:k] - s.seen) <= 10 * tolerance * ritz.scale).all()
+
+
 def lanczos_eigenpairs(
     multiply: FlatProduct,
     k: int,
@@ -284,16 +290,15 @@ def lanczos_eigenpairs(
     def cycle(s):
         basis = extended(multiply, s.basis, s.start, size, s.key)
         ritz = ritz_pairs(basis, which)
-        converged = (ritz.errors[:k] <= tolerance).all()
+        converged, same = _seen_again(s, ritz, k, tolerance)
         look = lambda: nothing_beyond(
             multiply, basis, _bounds(ritz, k, which, tolerance), s.steps, s.key)
-        no_look = np.array(False), np.array(0, s.steps.dtype)
+        no_look = same, np.array(0, s.steps.dtype)
         if size == multiply.size: found = no_look  # there is no outside
-        elif in_program: found = jax.lax.cond(converged, look, lambda: no_look)
-        else: found = look() if converged else no_look
+        elif in_program: found = jax.lax.cond(converged & ~same, look, lambda: no_look)
+        else: found = look() if converged and not same else no_look
         return _assessed(s, basis, ritz, converged, found, k, tolerance, max_steps)
     like = jax.ShapeDtypeStruct((multiply.size,), multiply.dtype)
     search = _begun(size, k, like, key)
     in_program = is_in_program((multiply, search))
     return repeat_while(lambda s: ~s.ended, cycle, search, in_program=in_program, name="eigsh")
-

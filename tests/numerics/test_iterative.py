@@ -1,7 +1,7 @@
 """Linear algebra by products, against dense matrices in float64 from NumPy."""
 
 import sys
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -359,6 +359,36 @@ def test_copies_are_found(seed):
             values, vectors = (np.asarray(x, np.float64) for x in eigsh(A, 6, which=which, key=random.key(seed)))
             assert np.abs(np.sort(values) - np.sort(wanted[:6])).max() < small * np.abs(d).max(), which
             assert np.abs(vectors @ vectors.T - np.eye(6)).max() < 10 * small
+
+
+# Copies whose distance to the next eigenvalue is that of the other eigenvalues: no bound parts them after a few products.
+NEAR = {
+    "two zeros": np.r_[0, 0, np.linspace(1e-3, 2, 198)],
+    "two of the largest": np.r_[2, 2, 2 - np.linspace(1e-3, 2, 198)],
+    "in both outputs": np.repeat(np.r_[1.0, np.linspace(0, 0.9995, 99)], 2),
+    "five zeros": np.r_[np.zeros(5), np.geomspace(1e-8, 1, 26)],
+    "many zeros": np.r_[np.zeros(10), np.logspace(-6, 1, 50)],
+    "more than fit in a basis": np.r_[0, 0, np.linspace(1e-3, 2, 398)],
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_copies_near_to_the_next_are_found(name):
+    """As values on the host and in a compiled program, and with another key."""
+    A, k = 1.0 * Diagonal(jnp.asarray(NEAR[name])), 5 if name in ("five zeros", "many zeros") else 2
+    for which, wanted in (("LA", np.sort(NEAR[name])[::-1]), ("SA", np.sort(NEAR[name]))):
+        for find in (eigsh, partial(eigsh, key=random.key(5)), jax.jit(eigsh, static_argnums=1, static_argnames="which")):
+            values, vectors = find(A, k, which=which)
+            assert np.abs(values - wanted[:k]).max() < 1e-9, which
+            assert np.abs(vectors @ vectors.T - np.eye(k)).max() < 1e-9
+
+
+def test_what_is_not_known_to_be_complete_is_refused():
+    """A search that ends where a look has found that a pair is missing, or was undecided, is not over."""
+    A = 1.0 * Diagonal(jnp.asarray(NEAR["more than fit in a basis"]))
+    with pytest.raises(ValueError, match="max_steps: got 300 products, in which not all eigenpairs were found"):
+        eigsh(A, 2, which="SA", max_steps=300)
+    assert np.isnan(jax.jit(lambda A: eigsh(A, 2, which="SA", max_steps=300)[1])(A)).all()
 
 
 def test_what_a_look_outside_says():
