@@ -124,6 +124,12 @@ def _weight_and_bias(pair: Pair) -> list[Pair]:
 Columns = Callable  # (problem, pred, samples) -> columns with an axis in front, signs or None
 
 
+def _has_entries(pair: Pair) -> bool:
+    "Has a pair of one sample positions, and its weight entries?"
+    _, num_positions, *_ = pair.a.shape
+    return 0 not in (num_positions, *pair.view.shape)
+
+
 def _pairs_of_call(problem: Problem, columns: Columns, samples: Samples) -> ModelPairs:
     "The pairs of one call of the model"
     reading = read_model(problem, samples)
@@ -132,9 +138,9 @@ def _pairs_of_call(problem: Problem, columns: Columns, samples: Samples) -> Mode
     found = list(map(_pair, reading.places, outputs))
     others = sorted(reading.ends)
     found += [_gradient_pair(i, reading.ends[i], g) for i, g in zip(others, gradients, strict=True)]
-    seen = [pair for pair in found if 0 not in (pair.num_positions, *pair.view.shape)]
+    seen = filter(_has_entries, found)
     like = tuple(map(structure_of, jax.tree.leaves(widen(problem.params))))
-    return ModelPairs(tuple(_joined(seen)), signs, like, getattr(columns, "of_head", False))
+    return ModelPairs(tuple(_joined(list(seen))), signs, like, getattr(columns, "of_head", False))
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0028
 def pairs_of(problem: Problem, samples: Samples, columns: Columns = loss_columns) -> ModelPairs:

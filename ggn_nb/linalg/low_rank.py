@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ..layers.eigh import zero_below
-from ..layers.gram import Gram
+from ..layers.gram import Gram, combine_columns, project_on_columns
 from .closed_forms import ClosedForms, closed_forms, normal_like, widen_structure
 from ggn_nb.linalg.matrix_functions import (
     INVERSE, INVERSE_ROOT_QUOTIENT, SpectralFunction, relative_logdet, times_function,
@@ -36,14 +36,22 @@ class LowRankForms(ClosedForms):
     @property
     def structure(self) -> Any: return self.operator.root.T.structure
 
+    @property
+    def _is_half(self) -> bool:
+        "Are parameters in half precision, too narrow for what lies between?"
+        return widen_structure(self.structure) != self.structure
+
     def to_columns(self, vec: Any) -> jax.Array:
         "Aᵀ vec, flat"
-        columns = self.operator.root.T(cast_like(vec, self.structure))
-        return ravel(columns, self.eigenvalues.dtype)
+        root, dtype = self.operator.root, self.eigenvalues.dtype
+        if not self._is_half: return ravel(root.T(cast_like(vec, self.structure)), dtype)
+        return project_on_columns(root, jax.tree.map(lambda leaf: leaf[None], vec))[0].astype(dtype)
 
     def to_params(self, flat: jax.Array) -> Any:
         "A u for the columns u, in float32 or better"
-        return widen(self.operator.root(unravel(flat, self.operator.structure)))
+        root = self.operator.root
+        if not self._is_half: return widen(root(unravel(flat, root.structure)))
+        return jax.tree.map(lambda leaf: leaf[0], combine_columns(root, flat[None]))
 
     def in_columns(self, fn: SpectralFunction, damping: jax.Array, flat: jax.Array) -> jax.Array:
         "f(K) u"

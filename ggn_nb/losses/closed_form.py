@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .loss import Loss
+from .loss import Loss, MissingMethodError
 from ggn_nb.losses.weights import (
     along,
     blank_positions,
@@ -352,8 +352,8 @@ def _formula(loss, method) -> Callable:
     "The formula of a method; `ValueError` where the loss has none"
     formula = getattr(loss.formulas, method)
     if formula is None:
-        raise ValueError(f"{loss.name}: H is indefinite and has no square root "
-                         "(curvature='fisher' has one)")
+        raise MissingMethodError(f"{loss.name}: H is indefinite and has no square root "
+                                 "(curvature='fisher' has one)")
     return formula
 
 

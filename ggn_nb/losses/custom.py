@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .loss import Loss
+from .loss import Loss, MissingMethodError
 from ggn_nb.losses.weights import (
     along,
     blank_positions,
@@ -250,7 +250,8 @@ class CustomLoss(Loss):
     def _product(self, which, v, name, pred, target, weight, mask) -> Any:
         product = getattr(self, which)
         if product is None:
-            raise ValueError(f"{which}: got None, expected ({name}, pred, target) -> product")
+            message = f"{which}: got None, expected ({name}, pred, target) -> product"
+            raise MissingMethodError(message)
         pred, w, blank = self._read(pred, target, weight, mask)
         v = _map_positions(_clear, _read_vector(v, pred, name), _without_weight(w, blank))
         weighted = lambda leaf: _weigh_square_root(leaf, w, blank)

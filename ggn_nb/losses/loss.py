@@ -23,10 +23,13 @@ def check_reduction(
         raise ValueError(f"reduction: got {reduction!r}, expected 'sum' or 'mean'")
 
 # %% ../../nbs/losses/00_loss.ipynb #c0f1a0b1
-def _not_written(loss: Any, method: str) -> ValueError:
-    "The error of a method that a loss does not have"
+class MissingMethodError(ValueError):
+    "A loss does not have the method that was called"
+
+
+def _not_written(loss: Any, method: str) -> MissingMethodError:
     name = type(loss).__name__
-    return ValueError(f"{method}: got a {name}, expected a loss that has this method")
+    return MissingMethodError(f"{method}: got a {name}, expected a loss that has this method")
 
 
 def _structure_of(leaf: Any) -> jax.ShapeDtypeStruct:

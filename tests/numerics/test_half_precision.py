@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ggn_nb import Stream, create_fisher_mv, create_ggn_mv, create_ggn_mv_without_data, create_hessian_mv
+from ggn_nb import Stream, create_fisher_mv, create_ggn_mv, create_ggn_mv_without_data, create_hessian_mv, gram, inverse, solve
 from ggn_nb.losses import multi_head
 
 HALVES = ("float16", "bfloat16")
@@ -124,3 +124,18 @@ def test_heads_of_unequal_weight():
     G = create_ggn_mv(model, params, data, multi_head({"a": "mse", "b": "mse"}), reduction="mean")
     got = jax.tree.map(lambda a: float(a[0]), G(params))
     assert got == {"a": pytest.approx(2, rel=2e-3), "b": pytest.approx(2, rel=2e-3)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_what_lies_between_in_a_gram_solution_may_leave_the_range(dtype, size):
+    """Eigenvalues and damping of 1e5: the steps by columns are in float32, whatever the parameters are in."""
+    X = 100 * np.random.default_rng(0).normal(size=(5, 4))
+    data = {"input": jnp.asarray(X, dtype), "target": jnp.zeros(5, dtype)}
+    G = create_ggn_mv(lambda input, params: input @ params, jnp.zeros(4, dtype), data, "mse")
+    X, b = np.asarray(data["input"], np.float64), jnp.asarray([1.0, -0.5, 0.3, 0.8], dtype) * size
+    expected = np.linalg.solve(2 * X.T @ X + 1e5 * np.eye(4), np.asarray(b, np.float64))
+    atol = 2 * float(jnp.finfo(dtype).eps) * np.abs(expected).max() + float(jnp.finfo(dtype).smallest_subnormal)
+    for x in (solve(gram(G), b, 1e5).x, inverse(gram(G), 1e5)(b)):
+        assert x.dtype == dtype
+        np.testing.assert_allclose(np.asarray(x, np.float64), expected, rtol=0, atol=atol)

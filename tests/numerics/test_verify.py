@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_nb import Operator, create_ggn_mv, create_loss, is_psd, multi_head, register_operator, static_field, verify
-from ggn_nb.losses import registered_losses
+from ggn_nb.losses import CustomLoss, registered_losses
 from ggn_nb.losses.custom import HessianOnly
 from ggn_nb.operators.verification import _fisher_check
 from ggn_nb.tools.testing import dense_from_mv
@@ -183,3 +183,37 @@ def test_what_is_one_position_is_not_cut(loss, pred):
 def test_axes_of_positions(loss, shapes, axes):
     pred = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: type(x) is tuple)
     assert create_loss(loss).num_position_axes(pred, None) == axes
+
+
+# No false alarm, and none that is swallowed
+
+THREE, TWELVE = jnp.array([-1.0, 0.5, 2.0]), jnp.linspace(-2, 3, 12).reshape(3, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("gap", [0, 1e-4, 1e-2])
+@pytest.mark.parametrize("name, mean", [("mse", lambda f: f), ("poisson", jnp.exp), ("gamma", jnp.exp), ("negative_binomial", jnp.exp),
+                                        ("binary_cross_entropy", jax.nn.sigmoid), ("cross_entropy", jax.nn.softmax)])
+def test_a_gradient_may_be_zero(name, mean, gap, dtype):
+    """At a fit, or next to one, the gradient is a difference of larger numbers."""
+    pred = THREE.astype(dtype)
+    target = mean(pred + gap * pred[::-1])
+    verify(name, pred, target, raise_on_failure=True)
+
+
+@pytest.mark.parametrize("loss, pred, target", [
+    (create_loss("gaussian", scale=jnp.array([1.0, 2, 3])), THREE, THREE + 1),
+    (create_loss("binary_cross_entropy", pos_weight=jnp.array([1.0, 2, 3])), THREE, jnp.array([0.0, 1, 1])),
+    (create_loss("gamma", concentration=1 + TWELVE**2), TWELVE, jnp.exp(TWELVE) + 1),
+    (create_loss("huber", delta=jnp.array([1.0, 2, 3])), THREE, THREE + 1.5),
+], ids=lambda x: getattr(x, "name", ""))  # fmt: skip
+def test_options_of_the_shape_of_the_prediction(loss, pred, target):
+    verify(loss, pred, target, raise_on_failure=True)
+
+
+def test_a_square_root_that_always_raises_is_no_missing_one():
+    ce = create_loss("cross_entropy")
+    apply = lambda method: lambda v, pred, target: getattr(ce, method)(v, pred, target)
+    wrong = CustomLoss(lambda pred, target: ce.value(pred, target), apply("square_root_mv"), apply("square_root_transpose_mv"))
+    with pytest.raises(ValueError, match=r"^u: got shape \(3, 4\), expected \(3, 3\)"):
+        verify(wrong, TWELVE, jnp.arange(3))
