@@ -18,8 +18,10 @@ from ggn_nb import (
     create_hessian_mv,
     diagonal,
     explain,
+    gram,
     multi_head,
     select_params,
+    square_root,
     trace,
 )
 from ggn_nb.layers.columns import SignedColumns
@@ -248,6 +250,46 @@ def heads_model(input, params):
     return {"class": h @ params["v"], "value": jnp.sum(h, axis=-1)}
 
 
+def through_scan(input, params):
+    step = lambda h, w: (jnp.tanh(h @ w), None)
+    return lax.scan(step, jnp.tanh(input @ params["v"]), params["e"])[0][:, :C]
+
+
+EMPTY = {
+    "no inputs": ((0, 3), lambda input, params: jnp.tanh(input @ params["v"])[:, :C] + jnp.zeros((T, 0)) @ params["e"]),
+    "no outputs": ((2, 0), lambda input, params: jnp.concatenate([input @ params["v"], input @ params["e"]], axis=1)[:, :C]),
+    "unused": ((0,), lambda input, params: jnp.tanh(input @ params["v"])[:, :C]),
+    "no layers": ((0, 4, 4), through_scan),
+    "no positions": ((2, 3), lambda input, params: (input @ params["v"])[:, :C] + jnp.sum(input[:0] @ params["e"])),
+    "no rows": ((0, 3), lambda input, params: (input @ params["v"])[:, :C] + params["e"][jnp.zeros(0, int)].sum()),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_weights_and_places_without_entries(name):
+    """They have no gradients, and harm no others."""
+    shape, model_fn = EMPTY[name]
+    params = {"e": jnp.ones(shape), "v": fixed(2, 4, seed=7)}
+    create = partial(create_ggn_mv, model_fn, params, data_for(), "mse")
+    check_operator(create)
+    G = create(linearize="recomputed")
+    dense = G.dense_oracle()
+    assert_close(block_diagonal(G, blocks=0).dense_blocks().dense(), jnp.asarray(dense))
+    A = np.asarray(square_root(G).dense())
+    assert_close(gram(G).dense(), jnp.asarray(A.T @ A))
+
+
+def test_rows_of_a_table_take_no_square_of_the_positions():
+    """Of 4096 positions: memory as of the pairs, and the diagonal of a loop over the samples."""
+    num_positions, table = 4096, fixed(50, 2)
+    rows = np.random.default_rng(0).integers(0, 60, size=(3, num_positions))  # some are no rows
+    model = lambda input, params: jnp.tanh(params.at[input].get(mode="fill", fill_value=0)).mean(axis=0)
+    G = create_ggn_mv(model, table, {"input": jnp.asarray(rows), "target": jnp.zeros((3, 2))}, "mse", linearize="recomputed")
+    assert_close(diagonal(G), jnp.asarray(np.diag(G.dense_oracle())).reshape(table.shape))
+    for fn in (diagonal, trace):
+        assert jax.jit(fn).lower(G).compile().memory_analysis().temp_size_in_bytes < 8 * num_positions * 100
+
+
 def test_predictions_that_are_trees():
     data = data_for() | {"target": {"class": IGNORED % 3, "value": fixed(ROWS, T)}}
     heads = multi_head({"class": cross_entropy(axis=-1), "value": mse()}, {"class": 2.0, "value": 0.5})
@@ -414,3 +456,58 @@ for fn in (diagonal, trace):
 assert_close(jax.device_get(block_diagonal(many)(put(params))), jax.device_get(block_diagonal(one)(jax.tree.map(jnp.asarray, params))), rtol=1e-12)
 """
     run_python(code, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4")
+
+
+def test_leaves_without_a_part_in_the_prediction():
+    """Their dense blocks are zero; without entries they have no rows."""
+    params = MLP | {"unused": jnp.ones(3), "empty": jnp.zeros((0, 4))}
+    G = create_ggn_mv(mlp, params, data_for(), "mse")
+    dense, of_leaf = np.asarray(G.dense()), np.repeat(np.arange(len(params)), [leaf.size for leaf in jax.tree.leaves(params)])
+    for blocks, number in ((None, of_leaf), (jax.tree.map(lambda _: 0, params), 0 * of_leaf)):
+        B = block_diagonal(G, blocks).dense_blocks()
+        assert_close(np.asarray(B.dense()), dense * (number[:, None] == number))
+        assert_close(solve(B, params, 1.0).x["unused"], jnp.ones(3))
+        assert logdet(B, 1.0).shape == () and eigsh(B, 2)[0].shape == (2,)
+        assert sample(B, jax.random.key(0), 1.0, 3)["empty"].shape == (3, 0, 4)
+    again = DenseBlocks.on({"e": jnp.zeros(0), "w": jnp.zeros(2)}, [jnp.zeros((0, 0)), jnp.eye(2)])
+    assert again.shape == (2, 2)
+
+
+def test_a_weight_without_positions():
+    """A window that is larger than its image: the convolution has no outputs."""
+    def model(input, params):
+        none = jax.lax.conv(input.reshape(1, 2, 2), params["w"], (1,), "VALID")
+        return jnp.concatenate([none.ravel(), input @ params["v"]])
+
+    params = {"w": jnp.ones((3, 2, 3)), "v": jnp.ones((4, 3))}
+    data = {"input": jnp.ones((3, 4)), "target": jnp.zeros((3, 3))}
+    create = lambda **options: create_ggn_mv(model, params, data, "mse", **options)
+    expected = create()(params)
+    for found in (create(linearize="factored")(params), block_diagonal(create(), {"w": 0, "v": 0})(params)):
+        assert_close(found["v"], expected["v"])
+        assert not found["w"].any()
+    assert diagonal(create())["w"].shape == (3, 2, 3)
+
+
+def test_what_has_the_exact_diagonal_alone():
+    G, key = create_ggn_mv(mlp, MLP, data_for(), "mse"), jax.random.key(0)
+    B = block_diagonal(G)
+    for M in (B, B.dense_blocks(), gram(G), Diagonal(MLP), B.damped(1.0), 2 * B, B + Diagonal(MLP)):
+        for fn in (diagonal, trace):
+            with pytest.raises(ValueError, match="key: got a key, expected None with estimator='exact'"):
+                fn(M, key=key)
+            for number, message in ((2, "got 2, expected None"), (-3, "got -3, expected at least 1")):
+                with pytest.raises(ValueError, match=f"num_probes: {message}"):
+                    fn(M, num_probes=number)
+            for estimator in ("signs", "monte_carlo"):
+                with pytest.raises(ValueError, match=f"estimator: got '{estimator}', expected 'exact' for a {type(M).__name__}"):
+                    fn(M, estimator, key=key)
+    for fn in (diagonal, trace):
+        with pytest.raises(TypeError, match="G: got a Inverse, expected a GGN or Fisher.*BlockDiagonal, DenseBlocks or Gram.*Diagonal.*sums, multiples and dampings"):
+            fn(inverse(Diagonal(MLP), 10.0))
+
+
+def test_a_label_for_all_is_no_text():
+    G = create_ggn_mv(mlp, MLP, data_for(), "mse")
+    with pytest.raises(ValueError, match="blocks: got 'layers', expected None, 'layer', or labels"):
+        block_diagonal(G, "layers")
