@@ -6,12 +6,13 @@
 __all__ = ['log_marginal_likelihood']
 
 # %% ../../nbs/applications/20_evidence.ipynb #a9200002
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ggn_nb.applications.inverse_products import problem_of
+from ggn_nb.applications.inverse_products import check_represents, problem_of
 from ggn_nb.layers.diagonal import Estimate
 from ggn_nb.linalg.functions import find_logdet
 from ggn_nb.operators.curvature import Curvature, Problem, sum_at_params
@@ -55,12 +56,11 @@ def _check_likelihood(problem: Problem) -> None:
 
 # %% ../../nbs/applications/20_evidence.ipynb #a9200009
 def _of_prior(params: Any, damping: Any) -> jax.Array:
-    "½ θᵀ Δ θ, for a damping Δ that is a number or a tree like the parameters"
-    params = widen(params)
-    if jax.tree_util.all_leaves([damping]): damping = jax.tree.map(lambda _: damping, params)
-    def of_leaf(theta, d):
+    "½ θᵀ Δ θ, for a damping Δ that is a number or a prefix of the parameters' tree"
+    def of_leaf(d, theta):
         return jnp.sum(jnp.asarray(d, theta.dtype) * jnp.square(theta)) / 2
-    return sum(jax.tree.leaves(jax.tree.map(of_leaf, params, damping)))
+    below = lambda d, subtree: jax.tree.map(partial(of_leaf, d), subtree)
+    return sum(jax.tree.leaves(jax.tree.map(below, damping, widen(params))))
 
 # %% ../../nbs/applications/20_evidence.ipynb #a920000a
 def log_marginal_likelihood(
@@ -92,9 +92,9 @@ def log_marginal_likelihood(
 
     Raises:
 
-    - `TypeError`: another `G`; as in `logdet`.
-    - `ValueError`: a `G` without a loss that has a value, or with `reduction="mean"` for several
-      heads; as in `logdet`.
+    - `TypeError`: another `G`, or an `M` that is no matrix; as in `logdet`.
+    - `ValueError`: an `M` of other parameters; a `G` without a loss that has a value, or with
+      `reduction="mean"` for several heads; as in `logdet`.
 
     Example:
 
@@ -109,6 +109,7 @@ def log_marginal_likelihood(
     """
     problem = problem_of(G)
     _check_likelihood(problem)
+    check_represents(M, G)
     found = find_logdet(M, damping, True, key, num_probes, num_steps)
     rest = -_of_prior(problem.params, damping) - _total_loss(G)
     if isinstance(found, Estimate):

@@ -6,17 +6,20 @@
 __all__ = ['influence']
 
 # %% ../../nbs/applications/30_influence.ipynb #a9300002
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ggn_nb.applications.inverse_products import inverse_products, problem_of
+from ggn_nb.applications.inverse_products import (
+    check_represents, inverse_products, problem_of, read_argument,
+)
 from ggn_nb.operators.curvature import Problem, on_samples
 from ggn_nb.operators.fisher import Fisher, Scores, ScoreProducts
 from ggn_nb.operators.operator import Operator
-from ggn_nb.operators.samples import Samples, read_samples
+from ggn_nb.operators.samples import Samples
 from ggn_nb.operators.square_root import SquareRoot
 from ggn_nb.operators.streamed import Streamed
 from ggn_nb.operators.streams import Stream
@@ -56,9 +59,9 @@ def influence(M: Operator, G: Operator, queries: Any, damping: Any) -> jax.Array
 
     Raises:
 
-    - `TypeError`: another `G`, or data or queries as a stream.
-    - `ValueError`: a model that is called with all samples at once, since a sample has no loss of
-      its own there; queries that do not fit; as in `solve`.
+    - `TypeError`: another `G`, an `M` that is no matrix, or data or queries as a stream.
+    - `ValueError`: an `M` of other parameters; a model that is called with all samples at once,
+      since a sample has no loss of its own there; queries that do not fit; as in `solve`.
 
     Example:
 
@@ -78,6 +81,10 @@ def influence(M: Operator, G: Operator, queries: Any, damping: Any) -> jax.Array
     if not problem.vmap_over_data:
         raise ValueError("G: got a model that is called with all samples, expected "
                          "vmap_over_data=True: a sample has no loss of its own there")
+    if not isinstance(queries, Mapping | Samples):
+        raise TypeError(f"queries: got {type(queries).__name__}, expected a mapping with the keys "
+                        "'input' and 'target'")
+    check_represents(M, G)
     alone = replace(problem, factor=jnp.ones_like(problem.factor), head_scales=None)
-    watched = _gradients_of_losses(alone, read_samples(queries))
+    watched = _gradients_of_losses(alone, read_argument(alone, queries, "queries"))
     return inverse_products(M, watched, _gradients_of_losses(problem, G.samples), damping)

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000002
 from collections.abc import Callable, Iterator
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -25,11 +26,12 @@ from ggn_nb.linalg.functions import solve_many
 from ggn_nb.linalg.matrix_functions import INVERSE, times_function
 from ggn_nb.operators.chunks import map_over_chunks
 from ggn_nb.operators.curvature import Curvature, Problem
-from ggn_nb.operators.operator import Operator
-from ggn_nb.operators.samples import Samples, count_samples
+from ggn_nb.operators.operator import Operator, check_operator
+from ggn_nb.operators.samples import Samples, count_samples, read_samples
 from ggn_nb.operators.square_root import SquareRoot
 from ggn_nb.operators.streamed import Streamed
 from ggn_nb.tools.arrays import is_traced, matmul
+from ggn_nb.tools.checks import check_shapes
 from ggn_nb.tools.programs import program
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000021
@@ -38,6 +40,25 @@ def problem_of(G: Any) -> Problem:
     if isinstance(G, Curvature | Streamed): return G.problem
     raise TypeError(f"G: got {type(G).__name__}, expected the matrix of a model on data, from "
                     "create_ggn_mv, create_fisher_mv or create_hessian_mv")
+
+
+def check_represents(M: Any, G: Operator) -> None:
+    "Raise unless `M` is a matrix on the parameters of `G`, in whatever dtypes"
+    check_operator(M, "M")
+    structure = M.root.operator.structure if isinstance(M, Gram) else M.structure
+    check_shapes(structure, G.structure, "M", "the parameters of G")
+
+
+def read_argument(problem: Problem, data: Any, name: str, part: str = "data") -> Samples:
+    "New samples; messages call `part` of them, and all, by the argument's name"
+    try:
+        samples = read_samples(data)
+        one_axis = problem.vmap_over_data or not jax.tree.leaves(samples)
+        if one_axis: count_samples(samples, Samples._fields)
+    except (TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(str(error).replace(part, name).replace("data", name)) from None
+    return samples
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000007
 def gradients_of(pairs: ModelPairs, root: SquareRoot) -> Any:
@@ -110,7 +131,7 @@ def _samples_at_once(root: SquareRoot) -> int | None:
 
 def _as_rows(columns: Any) -> Any:
     "(N, C, …) as (N C, …)"
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), columns)
+    return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), columns)
 
 # %% ../../nbs/applications/00_inverse_products.ipynb #a9000035
 def _beside_span(
@@ -137,7 +158,7 @@ def _map_columns(
         samples, inside = part
         b = gradients_of(pairs_of(problem, samples, RootColumns()), root)
         e, correction = _beside_span(K, _as_rows(b), _as_rows(inside), damping)
-        by_sample = lambda a: a.reshape(-1, number[1], *a.shape[1:])
+        by_sample = lambda a: a.reshape(len(a) // number[1], number[1], *a.shape[1:])
         return fn(b, inside, *jax.tree.map(by_sample, (e, correction)))
     G, inside = root.operator, inside.reshape(*number, -1)
     return map_over_chunks(of_part, G.problem, (G.samples, inside), _samples_at_once(root))
@@ -146,7 +167,7 @@ def _map_columns(
 @program
 def _dot_columns(columns: Any, x: Any) -> jax.Array:
     "The inner products between trees with axes (N, C) in front: (N, C, C)"
-    flat = lambda a: a.reshape(*a.shape[:2], -1)
+    flat = lambda a: a.reshape(*a.shape[:2], prod(a.shape[2:]))
     dots = lambda a, b: jnp.einsum("ncp,ndp->ncd", flat(a), flat(b), precision="highest")
     return sum(jax.tree.leaves(jax.tree.map(dots, columns, x)))
 

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ggn_nb.applications.inverse_products import inverse_blocks, inverse_products, problem_of
+from ggn_nb.applications.inverse_products import (
+    check_represents, inverse_blocks, inverse_products, problem_of, read_argument,
+)
 from ggn_nb.losses.create import create_loss
 from ggn_nb.operators.curvature import Problem, on_samples
 from ggn_nb.operators.ggn import GGN
 from ggn_nb.operators.operator import Operator
-from ggn_nb.operators.samples import read_samples
 from ggn_nb.operators.square_root import SquareRoot, square_root
 from ggn_nb.operators.streams import Stream
 from ggn_nb.tools.checks import check_flag
@@ -29,7 +30,8 @@ def jacobian_root(problem: Problem, inputs: Any) -> SquareRoot:
     if isinstance(inputs, Stream):
         raise TypeError("inputs: got a Stream, expected arrays with a leading axis: take one batch "
                         "after another")
-    samples = read_samples({"input": inputs, "target": None})
+    data = {"input": inputs, "target": None}
+    samples = read_argument(problem, data, "inputs", "data['input']")
     predict = lambda params, inputs: problem.predict(inputs)(params)
     pred = jax.eval_shape(predict, problem.params, samples.input)
     if not isinstance(pred, jax.ShapeDtypeStruct):
@@ -68,8 +70,9 @@ def predictive_covariance(
 
     Raises:
 
-    - `TypeError`: another `G`; a model that predicts a tree; inputs as a stream; as in `solve`.
-    - `ValueError`: inputs that do not fit the model; as in `solve`.
+    - `TypeError`: another `G`, or an `M` that is no matrix; a model that predicts a tree; inputs as
+      a stream; as in `solve`.
+    - `ValueError`: an `M` of other parameters; inputs that do not fit the model; as in `solve`.
 
     Example:
 
@@ -82,7 +85,9 @@ def predictive_covariance(
         Array([0.5, 1. ], dtype=float32)
     """
     check_flag(joint, "joint")
-    root = jacobian_root(problem_of(G), inputs)
+    problem = problem_of(G)
+    check_represents(M, G)
+    root = jacobian_root(problem, inputs)
     shape = root.structure.shape
     if joint or not root.operator.problem.vmap_over_data:
         found = inverse_products(M, root, root, damping).reshape(*shape, *shape)

@@ -96,20 +96,24 @@ class _Blocks:
     def block(self, pairs: ModelPairs, own: tuple[int, ...]) -> jax.Array:
         structures = [pairs.structures[i] for i in own]
         size = sum(like.size for like in structures)
+        part = [pairs.leaves[i] for i in own], pairs.signs
+        if not any(part[0]): return jnp.zeros((size, size), structures[0].dtype)
         def add_up(part):
             leaves, signs = part
-            rows = jnp.concatenate(list(map(_flat_gradients, leaves, structures)), axis=-1)
+            number = next(filter(None, leaves))[0].g.shape[:2]
+            each = zip(leaves, structures, strict=True)
+            rows = [_flat_gradients(leaf, like, number) for leaf, like in each]
+            rows = jnp.concatenate(rows, axis=-1)
             signed = rows if signs is None else rows * signs[..., None]
             return contract("nci,ncj->ij", signed, rows, precision="highest")
-        part = [pairs.leaves[i] for i in own], pairs.signs
         num_columns = pairs.num_samples_and_columns[1]
         return sum_over_chunks(add_up, part, max(1, 2**24 // max(1, num_columns * size)))
 
 
-def _flat_gradients(leaf: Sequence[Pair], like: Any) -> jax.Array:
-    "The gradients by a leaf as (N, C, entries)"
-    gradients = leaf_gradients(leaf, like)
-    return gradients.reshape(*gradients.shape[:2], -1)
+def _flat_gradients(leaf: Sequence[Pair], like: Any, number: tuple[int, int]) -> jax.Array:
+    "The gradients by a leaf as (N, C, entries); zero where the prediction does not use it"
+    if not leaf: return jnp.zeros((*number, like.size), like.dtype)
+    return leaf_gradients(leaf, like).reshape(*number, like.size)
 
 # %% ../../nbs/layers/22_blocks.ipynb #13580005
 def _formed(B: BlockDiagonal) -> DenseBlocks:
@@ -139,13 +143,15 @@ def _labels(blocks: Any, structure: Any) -> list:
     "A label for each leaf"
     leaves, treedef = jax.tree.flatten(structure)
     if blocks is None: return list(range(len(leaves)))
-    if isinstance(blocks, str) and blocks == "layer": return jax.tree.leaves(_by_layer(structure))
+    expected = f"expected None, 'layer', or labels in a prefix of the parameters' tree, {treedef}"
+    if isinstance(blocks, str):
+        if blocks == "layer": return jax.tree.leaves(_by_layer(structure))
+        raise ValueError(f"blocks: got {blocks!r}, {expected}")
     spread = lambda label, subtree: jax.tree.map(lambda _: label, subtree)
     try: return jax.tree.leaves(jax.tree.map(spread, blocks, structure))
     except ValueError:
-        raise ValueError(f"blocks: got tree structure {jax.tree.structure(blocks)}, expected None, "
-                         f"'layer', or labels in a prefix of the parameters' tree, {treedef}"
-                         ) from None
+        got = f"blocks: got tree structure {jax.tree.structure(blocks)}"
+        raise ValueError(f"{got}, {expected}") from None
 
 
 def _numbered(labels: list) -> tuple[int, ...]:
@@ -180,7 +186,8 @@ def block_diagonal(G: GGN | Streamed, blocks: Any = None) -> BlockDiagonal | Str
     Raises:
 
     - `TypeError`: another operator, or a label that cannot be compared.
-    - `ValueError`: a tree of labels that does not fit, or pairs that would take more than 8 GB.
+    - `ValueError`: another text, a tree of labels that does not fit, or pairs that would take more
+      than 8 GB.
 
     Example:
 

@@ -50,7 +50,7 @@ def _check_block(block: Any, name: str, size: int) -> None:
         raise ValueError(f"{name}: got shape {np.shape(block)}, expected {(size, size)}, as many "
                          "rows as its leaves have entries")
     block = jnp.asarray(block)
-    gap, largest = jnp.max(jnp.abs(block - block.T)), jnp.max(jnp.abs(block))
+    gap, largest = (jnp.max(jnp.abs(x), initial=0) for x in (block - block.T, block))
     message = f"{name}: got a matrix that is not symmetric, expected a symmetric one"
     raise_faults({message: gap > jnp.finfo(block.dtype).eps ** 0.5 * largest})
 

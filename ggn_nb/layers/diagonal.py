@@ -131,19 +131,17 @@ Estimator = Literal["exact", "signs", "monte_carlo"]
 
 def _columns(operator: GGN | Streamed, estimator: Any, key: Any, num_probes: Any) -> Any:
     "The columns that an estimator squares"
-    check_choice(estimator, "estimator", get_args(Estimator))
+    if estimator == "exact": return AllColumns()
     number = check_size(num_probes, "num_probes")
-    if estimator == "exact":
-        _check_nothing_drawn(key, number)
-        return AllColumns()
     key = read_key(key, f"estimator={estimator!r}")
     if estimator == "signs": return SignedColumns(threefry_key(key), number or 1)
     _check_fisher(operator.problem.loss)
     return SampledColumns(threefry_key(key), number or 1)
 
 
-def _check_nothing_drawn(key: Any, num_probes: int | None) -> None:
+def _check_nothing_drawn(key: Any, num_probes: Any) -> None:
     "Raise where what is for draws only comes with the exact estimator"
+    check_size(num_probes, "num_probes")
     expected = "expected None with estimator='exact', which draws nothing"
     if key is not None: raise ValueError(f"key: got a key, {expected}")
     if num_probes is not None: raise ValueError(f"num_probes: got {num_probes}, {expected}")
@@ -158,11 +156,20 @@ def _check_fisher(loss: Loss) -> None:
                          "take 'signs'")
 
 # %% ../../nbs/layers/20_diagonal.ipynb #3a060008
-def _known(G: Any, estimator: Any) -> Any:
+_ALSO = ("; or, with estimator='exact', a BlockDiagonal, DenseBlocks or Gram in memory, a "
+         "Diagonal, or sums, multiples and dampings of these")
+
+
+def _known(G: Any, estimator: Any, key: Any, num_probes: Any) -> Any:
     "The diagonal, where it is had without a sum over data; None: `G` is a matrix on data"
-    found = known_diagonal(G) if estimator == "exact" else None
-    if found is None: check_is_ggn(G)
-    return None if found is None else widen(found)
+    if estimator == "exact":
+        _check_nothing_drawn(key, num_probes)
+        if (found := known_diagonal(G)) is not None: return widen(found)
+    elif known_diagonal.dispatch(type(G)) is not known_diagonal.dispatch(object):
+        raise ValueError(f"estimator: got {estimator!r}, expected 'exact' for a "
+                         f"{type(G).__name__}, of which nothing is drawn")
+    check_is_ggn(G, _ALSO)
+    return None
 
 
 def _with_columns(G: GGN | Streamed, exact: bool) -> GGN | Streamed:
@@ -204,8 +211,9 @@ def diagonal(
 
     Arguments:
 
-    - `G`: a `GGN` or `Fisher`, on data in memory or on a stream; or what represents one, a
-      `BlockDiagonal`, `DenseBlocks` or `Gram`; a `Diagonal`; sums, multiples and dampings of these.
+    - `G`: a `GGN` or `Fisher`, on data in memory or on a stream; or, for "exact", what represents
+      one, a `BlockDiagonal`, `DenseBlocks` or `Gram` in memory; a `Diagonal`; sums, multiples and
+      dampings of these.
     - `estimator`: "exact" (default): all C columns, so about C backward passes. "signs": of random
       signs through S, `num_probes` backward passes (curvature propagation, Martens et al. 2012).
       "monte_carlo": of scores at labels that are drawn from the model, as many.
@@ -221,9 +229,9 @@ def diagonal(
     Raises:
 
     - `TypeError`: another operator, such as a `Hessian`.
-    - `ValueError`: more columns than can be gone through, with their number; "signs" for an
-      indefinite loss; "monte_carlo" for a loss that is no likelihood; a key or a number of probes
-      that is missing, or not needed.
+    - `ValueError`: more columns than can be gone through, with their number; an estimate of what
+      has "exact" alone; "signs" for an indefinite loss; "monte_carlo" for a loss that is no
+      likelihood; a key or a number of probes that is missing, or not needed.
 
     Example:
 
@@ -237,7 +245,8 @@ def diagonal(
         >>> diagonal(G, "signs", key=jax.random.key(0)).value.round(3).tolist()
         [20.0, 40.0]
     """
-    if (found := _known(G, estimator)) is not None: return found
+    check_choice(estimator, "estimator", get_args(Estimator))
+    if (found := _known(G, estimator, key, num_probes)) is not None: return found
     columns = _columns(G, estimator, key, num_probes)
     found = _sum_squares(G, columns, _diagonal, _estimated_diagonal, "diagonal")
     if isinstance(found, Estimate): return Estimate(*(_as_tree(f, G.structure) for f in found))
@@ -302,7 +311,7 @@ def trace(
     """
     check_choice(estimator, "estimator", _TRACE_ESTIMATORS)
     if estimator in get_args(ProbeEstimator): return _by_probes(G, estimator, key, num_probes)
-    if (found := _known(G, estimator)) is not None:
+    if (found := _known(G, estimator, key, num_probes)) is not None:
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(found))
     columns = _columns(G, estimator, key, num_probes)
     return _sum_squares(G, columns, _trace, _estimated_trace, "trace")

@@ -35,7 +35,7 @@ def symmetric_eigh(
 def zero_below(eigenvalues: jax.Array) -> jax.Array:
     "Eigenvalues of at most this size cannot be told from zero"
     eps = jnp.finfo(eigenvalues.dtype).eps
-    return len(eigenvalues) * eps * jnp.max(jnp.abs(eigenvalues))
+    return len(eigenvalues) * eps * jnp.max(jnp.abs(eigenvalues), initial=0)
 
 
 def without_noise(eigenvalues: jax.Array, noise: jax.Array) -> jax.Array:

@@ -130,10 +130,10 @@ def sum_over_data(
         return jax.block_until_ready(total) if shown else total
 
 # %% ../../nbs/layers/05_sums.ipynb #30270008
-def check_is_ggn(G: Any) -> None:
-    "Raise `TypeError` unless G is a Gauss-Newton or Fisher matrix"
+def check_is_ggn(G: Any, also: str = "") -> None:
+    "Raise `TypeError` unless G is a Gauss-Newton or Fisher matrix; `also`: what else is taken"
     kind = G.kind if isinstance(G, Streamed) else type(G)
     if issubclass(kind, GGN): return
     why = ", which may be indefinite" if kind is Hessian else ""
     raise TypeError(f"G: got a {kind.__name__}{why}, expected a GGN or Fisher, from create_ggn_mv "
-                    "or create_fisher_mv")
+                    f"or create_fisher_mv{also}")

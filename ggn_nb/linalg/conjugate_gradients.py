@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from .products import FlatProduct, repeat_while
-from ..operators.operator import Operator
+from ..operators.operator import Operator, unravel
 from ..tools.arrays import register_pytree
 from ..tools.extras import import_extra
 
@@ -26,7 +26,7 @@ class LinearSystem:
     "(M + δI) x = b, on flat vectors"
 
     multiply: FlatProduct
-    preconditioner: Operator | None = None  # close to the inverse, on trees like the parameters
+    preconditioner: Operator | None = None  # close to the inverse, in any dtypes
 
     @property
     def in_program(self) -> bool: return self.multiply.operator.traceable
@@ -37,7 +37,7 @@ class LinearSystem:
     def precondition(self, vecs: jax.Array) -> jax.Array:
         "C v, for the rows v"
         if self.preconditioner is None: return vecs
-        trees = jax.vmap(self.multiply.tree)(vecs)
+        trees = jax.vmap(lambda vec: unravel(vec, self.preconditioner.structure))(vecs)
         return jax.vmap(self.multiply.flat)(self.preconditioner.matmat(trees))
 
 

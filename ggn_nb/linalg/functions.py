@@ -29,11 +29,14 @@ from .lobpcg import lobpcg_eigenpairs
 from .products import FlatProduct, program_of_products
 from .spectral_density import quadrature, traces
 from ..losses.weights import raise_faults
+from ..operators.chunks import map_over_chunks
 from ..operators.fisher import read_key, read_one_key
-from ..operators.operator import Operator, check_vectors, register_operator
+from ggn_nb.operators.operator import (
+    Operator, check_not_traced, check_vectors, register_operator,
+)
 from ..operators.samples import cast_like, widen
-from ..tools.arrays import is_traced, matmul
-from ..tools.checks import check_choice, check_like, check_size
+from ..tools.arrays import is_traced, matmul, on_host
+from ..tools.checks import check_choice, check_integer, check_like, check_size
 from ..tools.programs import program
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10008
@@ -77,6 +80,7 @@ def _solution(M: Operator, b: Any, damping: Any, many: bool, **options: Any) -> 
     damping = forms.read_damping(damping)
     if many: check_vectors(b, forms.structure, "params", "b")
     else: check_like(b, forms.structure, "b", "params")
+    if not forms.traceable: check_not_traced(b, "b")
     solution, indefinite = _run(_solve, forms, damping, b, many)
     raise_faults({_INDEFINITE: indefinite})
     return solution
@@ -413,8 +417,8 @@ def _samples(forms: MatrixForms, damping: Any, key: jax.Array, num_samples: int)
     "Many samples, as many at once as together have 8 MB"
     keys = jax.random.split(key, num_samples)
     at_once = max(1, _BYTES_AT_ONCE // max(1, forms.bytes_per_vector()))
-    one = lambda key: _sample(forms, damping, key)
-    return jax.lax.map(one, keys, batch_size=min(at_once, num_samples))
+    draw = lambda forms, keys: jax.vmap(lambda key: _sample(forms, damping, key))(keys)
+    return map_over_chunks(draw, forms, keys, at_once)
 
 
 def _samples_by_steps(forms: MatrixForms, damping: Any, key: jax.Array, num_samples: int) -> Any:
@@ -493,10 +497,11 @@ def _largest(forms: ClosedForms, k: int) -> tuple[jax.Array, Any]:
 
 def _check_k(k: Any, M: Operator, structure: Any) -> int:
     "How many eigenpairs, if M has as many"
-    k = check_size(k, "k")
+    k = check_integer(k, "k")
     most = min(M.shape[0], sum(s.size for s in jax.tree.leaves(structure)))
-    if k is None or k > most:
-        raise ValueError(f"k: got {k}, expected a whole number of at most {most} for this M")
+    if not 1 <= k <= most:
+        raise ValueError(f"k: got {k}, expected a whole number of at most {most} for this M, "
+                         "and at least 1")
     return k
 
 # %% ../../nbs/linalg/10_functions.ipynb #1fa10a09
@@ -524,8 +529,8 @@ def _by_lanczos(
     P = multiply.size
     def find(size, max_steps):
         found = lanczos_eigenpairs(multiply, k, which, size, tolerance, max_steps, key)
-        is_doubtful = found.seen < jnp.inf  # a look outside did not find that nothing is missing
-        ended = found.done | ((found.errors <= tolerance) & ~is_doubtful)
+        done, seen, errors = map(on_host, (found.done, found.seen, found.errors))
+        ended = done | ((errors <= tolerance) & (seen == jnp.inf))  # finite: after a look, in doubt
         return _Pairs(found.values, found.basis.vectors, found.scale, ended)
     size = min(P, max(2 * k + 1, 20))
     if not size < P <= min(_SMALL, max_steps // 3): return find(size, max_steps)

@@ -24,10 +24,12 @@ from ggn_nb.linalg.closed_forms import (
 from .conjugate_gradients import LinearSystem, lineax_round, row_norms, solve_in_rounds
 from .lanczos_functions import matrix_function
 from .products import FlatProduct, flat_damping, linearized_once, refuse_slopes
-from ..operators.operator import Operator, check_operator, register_operator, unravel
+from ggn_nb.operators.operator import (
+    Operator, check_not_traced, check_operator, register_operator, unravel,
+)
 from ..operators.samples import cast_like, widen
 from ..tools.arrays import register_pytree
-from ..tools.checks import check_like, check_scalar, check_size
+from ..tools.checks import check_like, check_scalar, check_shapes, check_size
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a00006
 def solve_rows(
@@ -75,7 +77,8 @@ def read_preconditioner(preconditioner: Any, damping: Any, like: Operator) -> Op
     if isinstance(preconditioner, BlockDiagonal): preconditioner = preconditioner.dense_blocks()
     if (forms := closed_forms(preconditioner)) is not None:
         preconditioner = ApproximateInverse(forms, forms.read_damping(damping))
-    check_like(preconditioner.structure, like.structure, "preconditioner", "M")
+        check_shapes(preconditioner.structure, like.structure, "preconditioner", "M")
+    else: check_like(preconditioner.structure, like.structure, "preconditioner", "M")
     return preconditioner
 
 # %% ../../nbs/linalg/09_iterative_forms.ipynb #d3a0000a
@@ -195,6 +198,7 @@ class IterativeForms(MatrixForms):
     def traceable(self) -> bool: return self.operator.traceable
 
     def read_damping(self, damping: Any) -> Any:
+        if not self.traceable: check_not_traced(damping, "damping")
         return self.operator.damped(damping).damping
 
     def bytes_per_vector(self) -> int:

@@ -22,7 +22,7 @@ from ggn_nb.linalg.products import (
     repeat_while,
     widened,
 )
-from ..tools.arrays import is_traced, matmul
+from ..tools.arrays import is_traced, matmul, on_host
 from ..tools.programs import program
 
 # %% ../../nbs/linalg/07_lanczos.ipynb #f1e10006
@@ -272,9 +272,9 @@ def _bounds(ritz: Ritz, k: int, which: Which, tolerance: float) -> Any:
 
 def _seen_again(s: Search, ritz: Ritz, k: int, tolerance: float) -> tuple[jax.Array, jax.Array]:
     "Have the wanted pairs converged, after a look with the best of the others? Are they the same?"
-    is_found, is_first = ritz.errors <= tolerance, s.seen[0] == jnp.inf
-    converged = is_found[:k].all() & (is_first | is_found[k : k + 1].all())
-    return converged, (abs(ritz.values[:k] - s.seen) <= 10 * tolerance * ritz.scale).all()
+    is_found, seen = ritz.errors <= tolerance, on_host(s.seen)
+    converged = is_found[:k].all() & ((seen[0] == jnp.inf) | is_found[k : k + 1].all())
+    return converged, (abs(ritz.values[:k] - seen) <= 10 * tolerance * ritz.scale).all()
 
 
 def lanczos_eigenpairs(

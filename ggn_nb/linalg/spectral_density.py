@@ -66,6 +66,33 @@ def traces(nodes: jax.Array, weights: jax.Array, fn: Callable) -> jax.Array:
     counts = weights > jnp.finfo(weights.dtype).eps * total
     return jnp.sum(jnp.where(counts, weights * fn(jnp.where(counts, nodes, 1)), 0), axis=-1)
 
+# %% ../../nbs/linalg/08_spectral_density.ipynb #14ec000d
+def _span(nodes: jax.Array) -> jax.Array:
+    "From the least node to the largest; where that is but rounding, their size, or 1 for zeros"
+    span, size = jnp.max(nodes) - jnp.min(nodes), jnp.max(jnp.abs(nodes))
+    is_one_point = span <= 100 * jnp.finfo(nodes.dtype).eps * size
+    return jnp.where(is_one_point, jnp.where(size > 0, size, 1), span)
+
+
+def _sums(values: Callable, weights: jax.Array, points: jax.Array) -> Estimate:
+    "Σ w value at each point, by each vector"
+    one = lambda point: jnp.sum(weights * values(point), axis=1)
+    found = mean_and_error(jax.lax.map(one, points.ravel()).T)
+    return Estimate(*(each.reshape(points.shape) for each in found))
+
+
+@program
+def _density(
+    nodes: jax.Array, weights: jax.Array, points: jax.Array, width: jax.Array
+) -> Estimate:
+    normal = partial(jax.scipy.stats.norm.pdf, scale=width)
+    return _sums(lambda point: normal(nodes - point), weights, points)
+
+
+@program
+def _cumulative(nodes: jax.Array, weights: jax.Array, points: jax.Array) -> Estimate:
+    return _sums(lambda point: (nodes <= point).astype(nodes.dtype), weights, points)
+
 # %% ../../nbs/linalg/08_spectral_density.ipynb #14ec000b
 @partial(register_pytree, data_fields=("nodes", "weights"), meta_fields=())
 @dataclass(frozen=True, eq=False)
@@ -88,9 +115,8 @@ class SpectralDensity:
 
         - `num`: how many.
         """
-        low, high = jnp.min(self.nodes), jnp.max(self.nodes)
-        margin = 0.05 * (high - low) + jnp.finfo(self.nodes.dtype).tiny
-        return jnp.linspace(low - margin, high + margin, num)
+        margin = 0.05 * _span(self.nodes)
+        return jnp.linspace(jnp.min(self.nodes) - margin, jnp.max(self.nodes) + margin, num)
 
     def density(self, grid: Any, width: Any = None) -> Estimate:
         """Eigenvalues per unit of length at the points of a grid.
@@ -99,16 +125,15 @@ class SpectralDensity:
 
         - `grid`: array of any shape.
         - `width`: the standard deviation of the normal distribution that a node is spread by; by
-          default 1% of the span of the nodes.
+          default 1% of the span of the nodes, or of their size where they are all equal.
 
         Returns:
 
         An `Estimate`: the density, whose integral is P, and its standard error, like `grid`.
         """
-        if width is None: width = 0.01 * (jnp.max(self.nodes) - jnp.min(self.nodes))
-        points = jnp.asarray(grid, self.nodes.dtype)
-        normal = lambda x: jax.scipy.stats.norm.pdf(x, scale=jnp.asarray(width, x.dtype))
-        return self._sums(lambda point: normal(self.nodes - point), points)
+        if width is None: width = 0.01 * _span(self.nodes)
+        points, width = (jnp.asarray(x, self.nodes.dtype) for x in (grid, width))
+        return _density(self.nodes, self.weights, points, width)
 
     def cumulative(self, grid: Any) -> Estimate:
         """How many eigenvalues are at most as large as each point of a grid.
@@ -121,8 +146,7 @@ class SpectralDensity:
 
         An `Estimate`: the numbers, from 0 to P, and their standard error, like `grid`.
         """
-        points = jnp.asarray(grid, self.nodes.dtype)
-        return self._sums(lambda point: (self.nodes <= point).astype(self.nodes.dtype), points)
+        return _cumulative(self.nodes, self.weights, jnp.asarray(grid, self.nodes.dtype))
 
     def trace(self, fn: Callable) -> Estimate:
         """The trace of a function of the matrix: Σ f(λ) over its eigenvalues.
@@ -136,13 +160,6 @@ class SpectralDensity:
         An `Estimate` of two numbers.
         """
         return Estimate(*mean_and_error(traces(self.nodes, self.weights, fn)))
-
-    def _sums(self, values: Callable, points: jax.Array) -> Estimate:
-        "Σ w value at each point, by each vector"
-        one = lambda point: jnp.sum(self.weights * values(point), axis=1)
-        draws = jax.lax.map(one, points.ravel())
-        found = mean_and_error(draws.T)
-        return Estimate(*(each.reshape(points.shape) for each in found))
 
     def __repr__(self) -> str:
         n, m = self.nodes.shape

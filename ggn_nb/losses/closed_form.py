@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .loss import Loss, MissingMethodError
 from ggn_nb.losses.weights import (
@@ -133,6 +134,24 @@ class ParsedTarget(NamedTuple):
     weight: jax.Array | None = None  # for each position: the weight that its class has in a mean
     fill: float = 1.0  # a valid target, for positions that do not count
 
+# %% ../../nbs/losses/02_closed_form.ipynb #b2000021
+def as_numbers(target: Any) -> np.ndarray | jax.Array:
+    "`target` as an array, of NumPy if it has none of JAX; `TypeError` where it is none of numbers"
+    is_of_jax = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(target))
+    try: y = jnp.asarray(target) if is_of_jax else np.asarray(target)
+    except (TypeError, ValueError):
+        raise TypeError(f"target: got {target!r}, expected an array of numbers") from None
+    if not (jnp.issubdtype(y.dtype, jnp.number) or y.dtype == bool):
+        raise TypeError(f"target: got dtype {y.dtype}, expected an array of numbers")
+    return y
+
+
+def as_labels(y: np.ndarray | jax.Array) -> jax.Array:
+    "Integers as labels; those that are too large for an integer of JAX become its largest"
+    bounds, own = jnp.iinfo(jnp.result_type(int)), jnp.iinfo(y.dtype)
+    if own.max > bounds.max: y = y.clip(max(own.min, bounds.min), bounds.max)
+    return jnp.asarray(y).astype(bounds.dtype)
+
 # %% ../../nbs/losses/02_closed_form.ipynb #b2000003
 def _is_finite(y: jax.Array) -> jax.Array: return jnp.isfinite(y)  # by name, for `pickle`
 
@@ -147,11 +166,11 @@ class Entries:
     def __repr__(self) -> str: return f"Entries({self.domain!r})"
 
     def __call__(self, target: Any, f: jax.Array, **options) -> ParsedTarget:
-        y = jnp.asarray(target)
+        y = as_numbers(target)
         if y.shape != f.shape or jnp.iscomplexobj(y):
             got = f"{y.dtype}{y.shape}"
             raise ValueError(f"target: got {got}, expected {self.domain}, shape {f.shape}")
-        y = y.astype(f.dtype)
+        y = jnp.asarray(y, f.dtype)
         return ParsedTarget(y, jnp.isfinite(y) & self.inside(y), fill=self.fill)
 
 # %% ../../nbs/losses/02_closed_form.ipynb #87152153
@@ -189,7 +208,7 @@ def _real_numbers(value: Any, name: str) -> jax.Array:
     try: value = as_array(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: got {value!r}, expected real numbers") from None
-    if jnp.iscomplexobj(value):
+    if jnp.iscomplexobj(value) or value.dtype == bool:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected real numbers")
     if jnp.issubdtype(value.dtype, jnp.floating): return value
     return value.astype(jnp.result_type(float))
@@ -217,7 +236,7 @@ def as_option(
 # %% ../../nbs/losses/02_closed_form.ipynb #a662c195
 def curvature_fields(curvature: Any) -> dict[str, Any]:
     "What follows for a loss from its option `curvature`; `ValueError` for unknown ones"
-    if curvature not in ("hessian", "fisher"):
+    if not isinstance(curvature, str) or curvature not in ("hessian", "fisher"):
         raise ValueError(f"curvature: got {curvature!r}, expected 'hessian' or 'fisher'")
     exact = curvature == "hessian"
     return {"curvature": curvature, "is_hessian": exact, "is_fisher": not exact,
@@ -244,7 +263,8 @@ class FormulaInputs(NamedTuple):
 
 # %% ../../nbs/losses/02_closed_form.ipynb #fd326969
 def _axis_last(x, axis):
-    return x if axis is None else jnp.moveaxis(x, axis, -1)
+    move = np.moveaxis if isinstance(x, np.ndarray) else jnp.moveaxis
+    return x if axis is None else move(x, axis, -1)
 
 
 def _check_axis(shape, axis):
@@ -272,7 +292,7 @@ def _parse_target(loss, target, f, target_use: TargetUse) -> ParsedTarget:
     if target is None or loss.read_target is None or target_use == "unused":
         return ParsedTarget(None, None)
     like_pred = loss.axis is not None and jnp.ndim(target) == f.ndim
-    target = _axis_last(jnp.asarray(target), loss.axis) if like_pred else target
+    target = _axis_last(as_numbers(target), loss.axis) if like_pred else target
     return loss.read_target(target, f, **loss.options_in(f.dtype))
 
 # %% ../../nbs/losses/02_closed_form.ipynb #b2000007
@@ -539,6 +559,11 @@ class ClosedFormLoss(Loss):
         return jax.tree.map(cast, self.options)
 
     def __repr__(self) -> str: return _described(self)
+
+    @property
+    def is_indefinite(self) -> bool:
+        "Has H no square root, since it may have negative eigenvalues?"
+        return self.formulas.square_root_mv is None
 
     @property
     def _value_use(self) -> TargetUse: return "unused" if self.read_target is None else "required"

@@ -44,8 +44,8 @@ class LossFn(StrEnum):
 
 # %% ../../nbs/losses/04_create.ipynb #6dfd9523
 def _check_loss_function(loss_fn: Any, names: list[str]) -> None:
-    "Raise `ValueError` unless `loss_fn` can be called"
-    if callable(loss_fn): return
+    "Raise `ValueError` unless `loss_fn` can be called with a prediction: a class makes an object"
+    if callable(loss_fn) and not isinstance(loss_fn, type): return
     expected = f"one of {names}, a Loss, or a callable loss(pred, target)"
     raise ValueError(
         f"Unsupported loss function provided: got loss_fn={loss_fn!r}, expected {expected}")

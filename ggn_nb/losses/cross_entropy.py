@@ -17,6 +17,8 @@ from ggn_nb.losses.closed_form import (
     Formulas,
     ParsedTarget,
     Row,
+    as_labels,
+    as_numbers,
     as_option,
     register_loss,
     table_rows,
@@ -43,7 +45,7 @@ class Classes:
     axis_stated: bool = True  # did the user say which axis has the classes?
 
     def __call__(self, target, f, class_weight, label_smoothing, ignore_index) -> ParsedTarget:
-        y, positions = jnp.asarray(target), f.shape[:-1]
+        y, positions = as_numbers(target), f.shape[:-1]
         if y.shape == f.shape and not jnp.iscomplexobj(y):
             return _read_distribution(y, f, class_weight)
         if y.shape == positions and jnp.issubdtype(y.dtype, jnp.integer):
@@ -64,7 +66,7 @@ def _for_classes(class_weight, shape) -> jax.Array:
 
 def _read_labels(y, f, class_weight, ignore_index) -> ParsedTarget:
     "Integer labels; those equal to `ignore_index` do not count; a wrong one makes the value NaN"
-    y, size = y.astype(jnp.result_type(int)), f.shape[-1]
+    y, size = as_labels(y), f.shape[-1]
     valid = (y >= 0) & (y < size)
     counted = None if ignore_index is None else y != ignore_index
     weight = None
@@ -76,7 +78,7 @@ def _read_labels(y, f, class_weight, ignore_index) -> ParsedTarget:
 def _read_distribution(y, f, class_weight) -> ParsedTarget:
     "Soft or one-hot labels; their sum may be off by what their dtype cannot hold"
     rounding = 0.05 if jnp.dtype(y.dtype).itemsize == 2 else 1e-3
-    y, size = y.astype(f.dtype), f.shape[-1]
+    y, size = jnp.asarray(y, f.dtype), f.shape[-1]
     valid = (jnp.abs(jnp.sum(y, axis=-1) - 1) <= rounding) & jnp.all(y >= 0, axis=-1)
     weight = None
     if class_weight is not None:
@@ -210,6 +212,7 @@ def cross_entropy_square_root_mv(
     pad = lambda *around: jnp.pad(u, [(0, 0)] * (u.ndim - 1) + [around])
     w = jnp.where(place == 0, 0, jnp.where(place < 0, pad(0, missing), pad(missing, 0)))
     product = q * (w - b * jnp.sum(q * w, axis=-1, keepdims=True))
+    product += 0 * jnp.max(f, axis=-1, keepdims=True)  # NaN where it is infinite, as in H
     return _multiplied(root(_total_weight(f, y, class_weight, label_smoothing)), product)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #5fe8a955
@@ -246,7 +249,10 @@ def _smoothing(value) -> jax.Array | None:
 def _integer(value) -> jax.Array | None:
     "The option `ignore_index`"
     if value is None: return None
-    return as_array(check_integer(value, "ignore_index"), jnp.result_type(int))
+    value, bounds = check_integer(value, "ignore_index"), jnp.iinfo(jnp.result_type(int))
+    if not bounds.min <= value <= bounds.max:
+        raise ValueError(f"ignore_index: got {value}, expected a number that {bounds.dtype} holds")
+    return as_array(value, bounds.dtype)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #da5a35b8
 _FORMULAS = Formulas(

@@ -26,11 +26,29 @@ from .negative_binomial import gamma_factors
 from .poisson import log_factorial_excess
 
 # %% ../../nbs/losses/17_gamma.ipynb #5e38534e
+@jax.custom_jvp
+def _times_exp(a: jax.Array, y: jax.Array, f: jax.Array) -> jax.Array:
+    "a y exp(−f), finite and not zero wherever it fits into a float"
+    h, less, more = jnp.exp(-f / 4), jnp.minimum(a, y), jnp.maximum(a, y)
+    grows = f < 0
+    first, last = jnp.where(grows, less, more), jnp.where(grows, more, less)
+    apart = jnp.where(grows, last >= 1, last < 1)  # else each takes a half of the exponential
+    h_first, h_last = jnp.where(apart, h, 1), jnp.where(apart, 1, h)
+    return (first * h * h * h_first * h_first) * (last * h_last * h_last)
+
+
+@_times_exp.defjvp
+def _times_exp_jvp(primals, tangents) -> tuple[jax.Array, jax.Array]:
+    "The derivative by the logarithms of the factors: it fits as well"
+    (a, y, _), (da, dy, df) = primals, tangents
+    product = _times_exp(*primals)
+    return product, product * (da / a + dy / y - df)
+
+
 def _ratio(f, y, concentration) -> tuple[jax.Array, jax.Array]:
-    "a for each entry, and x = a y exp(−f), finite wherever it fits into a float"
+    "a for each entry, and x = a y exp(−f)"
     a = along_last(concentration, f.shape, "concentration")
-    half = jnp.exp(-f / 2)
-    return a, a * (y * half * half)
+    return a, _times_exp(a, y, f)
 
 # %% ../../nbs/losses/17_gamma.ipynb #59b9b024
 def gamma_value(
@@ -39,10 +57,12 @@ def gamma_value(
     concentration: jax.Array,  # shape of the last axes of f
 ) -> jax.Array:  # shape of f
     "a (y/μ − 1 − log y/μ) + c(a) − log a + log y, entry by entry; c: the excess of log a!"
-    a = along_last(concentration, f.shape, "concentration")
+    a, x = _ratio(f, y, concentration)
     log_y = jnp.log(y)
     d = log_y - f
-    return a * (jnp.expm1(d) - d) + log_factorial_excess(a) + (log_y - jnp.log(a))
+    near = jnp.minimum(d, 1)  # beyond, exp(d) may be too large where a exp(d) is not
+    deviance = jnp.where(d > 1, x - a * (1 + d), a * (jnp.expm1(near) - near))
+    return deviance + log_factorial_excess(a) + (log_y - jnp.log(a))
 
 # %% ../../nbs/losses/17_gamma.ipynb #8e15bee5
 def gamma_gradient(f: jax.Array, y: jax.Array, concentration: jax.Array) -> jax.Array:
@@ -64,7 +84,7 @@ def gamma_fisher(f: jax.Array, y: jax.Array | None, concentration: jax.Array) ->
 def gamma_deviation(f: jax.Array, y: jax.Array, concentration: jax.Array) -> jax.Array:
     "√(a y exp(−f))"
     a = along_last(concentration, f.shape, "concentration")
-    return jnp.sqrt(a) * (jnp.sqrt(y) * jnp.exp(-f / 2))
+    return _times_exp(jnp.sqrt(a), jnp.sqrt(y), f / 2)
 
 
 def gamma_fisher_deviation(

@@ -57,7 +57,8 @@ class Loss(ABC):
     `faults` checks a target that no other method needs, too. Under `jax.jit` the results that
     depend on a target outside of the domain are NaN at its position.
 
-    The flags `is_hessian`, `is_fisher` and `indexed` say what H is and whether it takes `index`;
+    The flags `is_hessian`, `is_fisher`, `is_indefinite` and `indexed` say what H is and whether it
+    takes `index`;
     `is_likelihood` says that `value` is the negative log-likelihood of what `sample` draws.
 
     Raises:
@@ -75,6 +76,7 @@ class Loss(ABC):
     is_hessian: bool = True  # is H the Hessian of `value`?
     is_fisher: bool = False  # is H the mean of ∇ℓ ∇ℓᵀ at targets from `sample`?
     is_likelihood: bool = False  # is `value` −log p(target | pred) + const. of what `sample` draws?
+    is_indefinite: bool = False  # is H known to be indefinite at some predictions?
     indexed: bool = False  # does `hessian_mv` take `index`, the number of each sample?
 
     @abstractmethod

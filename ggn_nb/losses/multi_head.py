@@ -121,6 +121,11 @@ class MultiHeadLoss(Loss):
     def is_likelihood(self) -> bool:
         return all(loss.is_likelihood for loss in self._leaves) and self._unscaled
 
+    @property
+    def is_indefinite(self) -> bool:
+        "May the H of a head have negative eigenvalues?"
+        return any(loss.is_indefinite for loss in self._leaves)
+
     def value(self, pred, target=None, *, weight=None, mask=None) -> Any:
         "The values of each head, times its c"
         return self._scaled("value", pred, target, weight, mask)

@@ -140,6 +140,7 @@ class RootFromHessian(Loss):
 
     is_hessian = property(lambda self: self.loss.is_hessian)
     is_fisher = property(lambda self: self.loss.is_fisher)
+    is_indefinite = property(lambda self: self.loss.is_indefinite)
     is_likelihood = property(lambda self: self.loss.is_likelihood)
     indexed = property(lambda self: self.loss.indexed)
 

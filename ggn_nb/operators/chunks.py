@@ -106,7 +106,7 @@ def check_rows(pred: Any, data: Any) -> Any:
 def _in_order(leaf, sizes) -> jax.Array:
     "Results of shape (count, size, …) as (samples, …), undoing `_take_chunk`"
     if not sizes.rest: leaf = leaf.swapaxes(0, 1)
-    return leaf.reshape(-1, *leaf.shape[2:])
+    return leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:])
 
 # %% ../../nbs/operators/04_chunks.ipynb #c4a10009
 def map_over_chunks(

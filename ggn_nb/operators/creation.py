@@ -8,7 +8,7 @@ __all__ = ['ProblemOptions', 'DataOptions', 'Unbound']
 # %% ../../nbs/operators/14_creation.ipynb #aedb135e
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from inspect import Parameter, Signature, signature
 from typing import Any, Literal, NamedTuple, TypedDict, TypeVar
 
@@ -264,8 +264,20 @@ def takes_options(of: Callable, *options: type) -> Callable[[Function], Function
         meaning = "\n".join(each.__doc__.split("Arguments:\n\n")[1].rstrip() for each in options)
         placeholder = f"- `**options`: the keywords of `{options[0].__name__}`."
         fn.__doc__ = fn.__doc__.replace(placeholder, meaning.strip())
-        return fn
+        return _refusing_unknown_keywords(fn)
     return decorate
+
+
+def _refusing_unknown_keywords(fn: Function) -> Function:
+    "`fn`, which says by its own name that it has no such keyword"
+    known = signature(fn).parameters
+    @wraps(fn)
+    def call(*args, **options):
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"{fn.__name__}: got the keywords {unknown}, expected some of "
+                            f"{list(known)}")
+        return fn(*args, **options)
+    return call
 
 
 def _with_keywords(fn: Callable, of: Callable) -> Signature:

@@ -270,7 +270,7 @@ def _loss_in_the_middle(
     loss_fn: Any, kind: Any, key: Any, num_samples: Any, whole_batch: bool
 ) -> Loss:
     "The loss whose H stands between Jᵀ and J"
-    if kind not in ("exact", "monte_carlo", "empirical"):
+    if not isinstance(kind, str) or kind not in ("exact", "monte_carlo", "empirical"):
         raise ValueError(f"kind: got {kind!r}, expected 'exact', 'monte_carlo' or 'empirical'")
     loss, num_samples = create_loss(loss_fn), check_size(num_samples, "num_samples") or 1
     if kind == "monte_carlo":

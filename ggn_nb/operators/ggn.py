@@ -103,8 +103,8 @@ class GGN(Curvature):
 
     @property
     def is_psd(self) -> bool:
-        """True: every Hᵢ is held to be positive semi-definite."""
-        return True
+        """Is every Hᵢ held to be so? All are, unless a loss says that its H is indefinite."""
+        return not self.problem.loss.is_indefinite
 
     def dense_oracle(self) -> np.ndarray:
         """Jᵀ H J, with H from `jax.hessian` of the loss's value wherever it claims to be that."""
@@ -164,6 +164,9 @@ def _read_loss(loss_fn: Any, loss_hessian_mv: Any) -> Loss:
                          f"loss_fn={loss_fn!r}")
     if loss_hessian_mv is None: return create_loss(loss_fn)
     if isinstance(loss_hessian_mv, LossHessian): return loss_hessian_mv.loss
+    if isinstance(loss_hessian_mv, type):
+        raise TypeError(f"loss_hessian_mv: got the class {loss_hessian_mv.__name__}, expected a "
+                        "function (jv, pred=, target=) -> H jv")
     return HessianOnly(function_as_pytree(loss_hessian_mv, "loss_hessian_mv"))
 
 # %% ../../nbs/operators/20_ggn.ipynb #faff63d0

@@ -178,6 +178,7 @@ def call_model(model_fn: Callable, input: Any, params: Any) -> Any:
     try: pred = model_fn(input=input, params=params)
     except Exception as error:
         _add_note(error)
+        if not jax.tree.leaves(params): error.add_note(f"params: got {params!r}, without arrays")
         if _takes_both(model_fn): raise
         raise _how_to_call(model_fn) from error
     if not jax.tree.leaves(pred): raise _wrong_prediction(type(pred).__name__)

@@ -116,6 +116,8 @@ class Operator(ABC):
     domain: ClassVar[str] = "params"
     """What error messages call the tree that vectors are like."""
 
+    __array_ufunc__ = None  # an array of NumPy times an operator is refused, as an array of JAX is
+
     @property
     @abstractmethod
     def structure(self) -> Any:
@@ -202,7 +204,7 @@ class Operator(ABC):
         """
         check_like(vec, self.structure, "vec", self.domain)
         if self.traceable: return product(*on_this_shard(self, vec))
-        _check_not_traced(vec, "vec")
+        check_not_traced(vec, "vec")
         return self.multiply(vec)
 
     def __matmul__(self, vec: Any) -> Any:
@@ -286,7 +288,7 @@ def on_this_shard(operator: Operator, vec: Any = None) -> tuple[Operator, Any]:
     return operator._in_shard_map(axes), vary_over(axes, vec)
 
 
-def _check_not_traced(vec: Any, name: str) -> None:
+def check_not_traced(vec: Any, name: str) -> None:
     "Raise `TypeError` where an operator on a stream meets a vector of a compiled function"
     if is_traced(vec):
         raise TypeError(f"{name}: got a traced array, expected numbers: an operator on a stream "
@@ -386,7 +388,7 @@ def _multiply_groups(operator: Operator, vecs: Any, at_most: int) -> Any:
     "The products with all of `vecs`, at most so many at a time"
     size = even_size(_num_vectors(vecs), at_most)
     if operator.traceable: return products(*on_this_shard(operator, vecs), size)
-    _check_not_traced(vecs, "vecs")
+    check_not_traced(vecs, "vecs")
     return _multiply_parts(operator, vecs, size)
 
 

@@ -204,8 +204,20 @@ def number_samples(
     start: int | jax.Array = 0,  # the number of the first one
 ) -> Samples:
     "`samples` with an index: their own, or start, start + 1, …"
-    if samples.index is not None: return samples
-    return samples._replace(index=as_array(start + np.arange(count_samples(samples))))
+    size = count_samples(samples)
+    if samples.index is None: return samples._replace(index=as_array(start + np.arange(size)))
+    _check_index(samples.index, size)
+    return samples
+
+
+def _check_index(index: Any, size: int) -> None:
+    "Raise `TypeError` or `ValueError` unless they are integers, one for each sample"
+    dtype, shape, expected = getattr(index, "dtype", None), np.shape(index), f"shape ({size},)"
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+        got = type(index).__name__ if dtype is None else f"dtype {dtype}"
+        raise TypeError(f"data['index']: got {got}, expected integers of {expected}")
+    if shape != (size,):
+        raise ValueError(f"data['index']: got shape {shape}, expected integers of {expected}")
 
 # %% ../../nbs/operators/00_samples.ipynb #fa518d13
 def wide_dtype(dtype: Any) -> np.dtype:

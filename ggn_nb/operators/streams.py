@@ -23,7 +23,7 @@ import numpy as np
 from .batches import Batch, put_on_device, read_batches
 from .passes import PassRecord, compare_passes
 from .samples import add_to, cast_like, enable_x64, zeros_to_add_to
-from ..tools.checks import check_function, check_like
+from ..tools.checks import check_flag, check_function, check_like
 
 # %% ../../nbs/operators/03_streams.ipynb #01e6511e
 class _Stopped(Exception):
@@ -209,7 +209,8 @@ class Stream:
 
     Raises:
 
-    - `TypeError`: when the source can be read only once, or is no source.
+    - `TypeError`: when the source can be read only once, or is no source, or `check` or `progress`
+      is no truth value.
     - `ValueError`: when `prefetch` is not an integer of at least 0.
     - `ValueError` or `TypeError` during a pass: when a batch cannot be read, or is not the one that
       an earlier pass had in its place.
@@ -242,8 +243,9 @@ class Stream:
 
     def __post_init__(self):
         _check_source(self.source)
-        if not isinstance(self.prefetch, int) or self.prefetch < 0:
+        if type(self.prefetch) is not int or self.prefetch < 0:  # nor a truth value
             raise ValueError(f"prefetch: got {self.prefetch!r}, expected an integer of at least 0")
+        for name in ("check", "progress"): check_flag(getattr(self, name), name)
         if self.progress: _import_tqdm()
         object.__setattr__(self, "_source", _Source(self.source))
 

@@ -97,6 +97,12 @@ def check_like(
             path = jax.tree_util.tree_leaves_with_path(like)[i][0]
             _check_leaf(leaf, want, name + _name(path), like_name)
 
+
+def check_shapes(tree: Any, like: Any, name: str, like_name: str) -> None:
+    "Raise `ValueError` unless `tree` has structure and shapes of `like`, in any dtypes"
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), float), tree)
+    check_like(shapes(tree), shapes(like), name, like_name)
+
 # %% ../../nbs/tools/00_checks.ipynb #d4a8ab78
 def _is_real_number(value: Any) -> bool:
     "Is `value` one integer or real number, in Python, NumPy or JAX? Truth values are not"

@@ -17,6 +17,7 @@ from ggn_nb import (
     multi_head,
     predictive_covariance,
     select_params,
+    square_root,
 )
 from ggn_nb.tools.testing import assert_close
 from jax.flatten_util import ravel_pytree
@@ -233,3 +234,82 @@ def test_covariances_have_derivatives_where_eigenvalues_are_equal(damping):
         assert_close(ours(params, joint), dense(params, joint), rtol=1e-8)
         assert_close(jax.grad(ours)(params, joint), exact, rtol=1e-7)
         assert_close(jax.jit(jax.grad(ours), static_argnums=1)(params, joint), exact, rtol=1e-7)
+
+
+def wrong_matrices(G):
+    """What is no matrix on the parameters of G, and what is said of it."""
+    other = create_ggn_mv(line, jnp.ones(3), {"input": jnp.ones((2, 3)), "target": jnp.ones(2)}, "mse")
+    return [
+        (3, TypeError, "M: got int, expected an Operator"),
+        (model_fn, TypeError, "M: got function, expected an Operator"),
+        (square_root(G), TypeError, "M: got SquareRoot, expected an Operator"),
+        (Diagonal(jnp.ones(3)), ValueError, "M: got tree structure"),
+        (Diagonal(PARAMS | {"b": jnp.ones(5)}), ValueError, r"M\['b'\]: got shape \(5,\), expected \(4,\) as in the parameters of G"),
+        (gram(other), ValueError, "M: got tree structure"),
+        (block_diagonal(other).dense_blocks(), ValueError, "M: got tree structure"),
+    ]
+
+
+def test_matrices_of_other_models_are_refused():
+    data = data_for("mse")
+    G = create_ggn_mv(model_fn, PARAMS, data, "mse")
+    for M, kind, message in wrong_matrices(G):
+        for call in (
+            lambda M: predictive_covariance(M, G, data["input"], 1.0),
+            lambda M: influence(M, G, data, 1.0),
+            lambda M: log_marginal_likelihood(M, G, 1.0),
+        ):
+            with pytest.raises(kind, match=message):
+                call(M)
+
+
+def test_inputs_and_queries_are_named():
+    data = data_for("mse")
+    G = create_ggn_mv(model_fn, PARAMS, data, "mse")
+    D = Diagonal(diagonal(G))
+    for inputs, message in (
+        (None, "inputs: got no arrays"),
+        (1.0, "inputs: got a scalar"),
+        (jnp.ones((0, 2)), "inputs: got an empty batch"),
+        ({"x": jnp.ones((3, 2)), "y": jnp.ones(())}, r"inputs\['y'\]: got a scalar"),
+        ({"x": jnp.ones((3, 2)), "y": jnp.ones(2)}, "inputs: got different batch sizes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            predictive_covariance(D, G, inputs, 1.0)
+    for queries, kind, message in (
+        (None, TypeError, "queries: got NoneType, expected a mapping"),
+        (1.0, TypeError, "queries: got float, expected a mapping"),
+        ({"input": data["input"]}, ValueError, r"queries: got the keys \['input'\]"),
+        (jax.tree.map(lambda a: a[:0], data), ValueError, "queries: got an empty batch"),
+        ({**data, "input": 1.0}, ValueError, r"queries\['input'\]: got a scalar"),
+    ):
+        with pytest.raises(kind, match=message):
+            influence(D, G, queries, 1.0)
+
+
+def test_the_prior_of_a_subtree():
+    params = {"first": {"w": normal(2, 2, seed=1), "b": normal(2, seed=2)}, "last": normal(2, 2, seed=3)}
+    deep = lambda input, params: jnp.tanh(input @ params["first"]["w"] + params["first"]["b"]) @ params["last"]
+    G = create_ggn_mv(deep, params, {"input": normal(3, 2), "target": normal(3, 2)}, "mse")
+    D = Diagonal(diagonal(G))
+    found = log_marginal_likelihood(D, G, {"first": 0.5, "last": 2.0})
+    assert_close(found, log_marginal_likelihood(D, G, {"first": {"w": 0.5, "b": 0.5}, "last": 2.0}))
+    numbers = jax.tree.map(jnp.zeros_like, params) | {"last": jnp.full((2, 2), 2.0)}
+    numbers["first"] = jax.tree.map(lambda a: a + 0.5, numbers["first"])
+    assert_close(found, log_marginal_likelihood(D, G, numbers))
+
+
+def test_leaves_without_entries():
+    more = PARAMS | {"e": jnp.zeros((0, 3))}
+    data = data_for("mse")
+    G, H = (create_ggn_mv(model_fn, params, data, "mse") for params in (PARAMS, more))
+    for name in ("gram", "diagonal", "blocks"):
+        M, N = (representations(of)[name][0] for of in (G, H))
+        for fn in (
+            lambda M, G: predictive_covariance(M, G, data["input"], DAMPING),
+            lambda M, G: predictive_covariance(M, G, data["input"], DAMPING, joint=True),
+            lambda M, G: influence(M, G, data, DAMPING),
+            lambda M, G: log_marginal_likelihood(M, G, DAMPING),
+        ):
+            assert_close(fn(N, H), fn(M, G))
+    assert_close(influence(H, H, data, DAMPING), influence(G, G, data, DAMPING), rtol=1e-6, atol=1e-7)

@@ -7,10 +7,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ggn_cases import POLICIES, linear
-from ggn_nb import create_ggn_mv, create_ggn_mv_without_data, create_loss_hessian_mv
+from ggn_nb import (
+    Stream,
+    create_fisher_mv,
+    create_fisher_mv_without_data,
+    create_ggn_mv,
+    create_ggn_mv_without_data,
+    create_hessian_mv,
+    create_hessian_mv_without_data,
+    create_loss_hessian_mv,
+)
 from ggn_nb.losses.binary_cross_entropy import binary_cross_entropy
 from ggn_nb.losses.common import first_columns
 from ggn_nb.losses.cross_entropy import cross_entropy
+from ggn_nb.losses.gamma import gamma
+from ggn_nb.losses.gaussian import gaussian
 from ggn_nb.losses.mse import mse
 from ggn_nb.tools.timing import count_compiles
 
@@ -382,3 +393,44 @@ def test_a_mean_needs_something_that_counts():
             bound(data=DATA | more, reduction="mean")
     with pytest.raises(ValueError, match="reduction: got 'max', expected 'sum' or 'mean'"):
         bound(reduction="max")
+
+
+# --- what is of another kind altogether
+
+
+class SomeClass:
+    """No loss."""
+
+
+KINDS = table(
+    ("a class as a loss", lambda: bound(loss=SomeClass), ValueError, "loss_fn=<class"),
+    ("a class as a product", lambda: create_ggn_mv(linear, W, DATA, loss_hessian_mv=SomeClass), TypeError, "loss_hessian_mv: got the class SomeClass"),
+    ("an ignored label too large", lambda: cross_entropy(ignore_index=2**70), ValueError, f"ignore_index: got {2**70}, expected a number that int64 holds"),
+    ("a target of text", lambda: mse().value(np.ones(2), "ab"), TypeError, "target: got dtype <U2, expected an array of numbers"),
+    ("a ragged target", lambda: mse().value(np.ones(2), [1.0, [2.0]]), TypeError, r"target: got \[1.0, \[2.0\]\], expected an array of numbers"),
+    ("smoothing by a truth value", lambda: cross_entropy(label_smoothing=True), TypeError, "label_smoothing: got dtype bool, expected real numbers"),
+    ("a scale that is a truth value", lambda: gaussian(scale=np.array([True])), TypeError, "scale: got dtype bool, expected real numbers"),
+    ("a curvature that is an array", lambda: gamma(curvature=np.array(["hessian"] * 2)), ValueError, "curvature: got array"),
+    ("a check that is text", lambda: Stream([DATA], check="no"), TypeError, "check: got 'no', expected True or False"),
+    ("a progress that is a number", lambda: Stream([DATA], progress=1), TypeError, "progress: got 1, expected True or False"),
+    ("a prefetch that is a truth value", lambda: Stream([DATA], prefetch=True), ValueError, "prefetch: got True, expected an integer"),
+)
+
+
+@KINDS
+def test_other_kinds(row):
+    refused(*row)
+
+
+CREATE = {create: (linear, W, DATA, "cross_entropy") for create in (create_ggn_mv, create_hessian_mv, create_fisher_mv)}
+CREATE |= {create: (linear, W, "cross_entropy", 1.0) for create in (create_ggn_mv_without_data, create_hessian_mv_without_data, create_fisher_mv_without_data)}
+
+
+@pytest.mark.parametrize("create", CREATE, ids=lambda create: create.__name__)
+def test_unknown_keywords_name_the_function_that_was_called(create):
+    refused(lambda: create(*CREATE[create], bach_size=3), TypeError, rf"^{create.__name__}: got the keywords \['bach_size'\], expected some of .*'batch_size'")
+
+
+def test_a_model_without_its_parameters():
+    with pytest.raises(KeyError) as raised: bound({}, model_fn=lambda input, params: input @ params["w"])
+    assert "params: got {}, without arrays" in raised.value.__notes__

@@ -275,3 +275,19 @@ def test_targets_still_say_what_counts():
 
 def test_the_empirical_matrix_needs_its_target():
     with pytest.raises(ValueError, match="^target: got None"): create_fisher_mv(linear, W, DATA | {"target": None}, "cross_entropy", kind="empirical")
+
+
+@pytest.mark.parametrize(("index", "error", "got"), [
+    (np.arange(N) + 0.5, TypeError, "dtype float"),
+    (np.ones(N, bool), TypeError, "dtype bool"),
+    (np.ones((N, 2), int), ValueError, r"shape \(7, 2\)"),
+], ids=["floats", "truth values", "two axes"])
+def test_an_index_holds_an_integer_for_each_sample(index, error, got):
+    message = rf"data\['index'\]: got {got}.*, expected integers of shape \(7,\)"
+    data = DATA | {"index": index}
+    with pytest.raises(error, match=message): sampled(random.key(0), data)
+    with pytest.raises(error, match=message): sampled(random.key(0), Stream([data]))
+
+
+def test_what_is_no_kind_is_refused_by_name():
+    with pytest.raises(ValueError, match="kind: got array"): create_fisher_mv(linear, W, DATA, "cross_entropy", kind=np.array(["exact", "exact"]))

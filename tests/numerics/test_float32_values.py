@@ -270,3 +270,27 @@ def test_cross_entropy_of_a_nearly_certain_class(margin, label):
     loss, pred = create_loss("cross_entropy"), jnp.asarray(f, jnp.float32)
     np.testing.assert_allclose(float(loss.value(pred, jnp.array(label))), value, rtol=1e-6)
     np.testing.assert_allclose(np.asarray(loss.gradient(pred, jnp.array(label))), gradient, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("a", "y", "f"), [
+    (0.01, 1e30, -20.0), (1e30, 1e-30, 40.0), (1e30, 1e-30, -80.0), (1e-30, 1e-30, -200.0), (1e30, 1e30, 200.0), (2.0, 3.0, 0.5),
+])
+def test_gamma_is_finite_wherever_it_fits(a, y, f):
+    loss, one = create_loss("gamma", concentration=a), jnp.ones(1, jnp.float32)
+    F, Y = jnp.full(1, f, jnp.float32), jnp.full(1, y, jnp.float32)
+    x, d = a * y * np.exp(-f), np.log(y) - f
+    np.testing.assert_allclose(loss.hessian_mv(one, F, Y), x, rtol=1e-6)
+    np.testing.assert_allclose(loss.square_root_mv(loss.square_root_transpose_mv(one, F, Y), F, Y), x, rtol=2e-6)
+    np.testing.assert_allclose(loss.gradient(F, Y), a - x, rtol=2e-6)
+    np.testing.assert_allclose(jax.grad(loss.total)(F, Y), a - x, rtol=2e-6)
+    np.testing.assert_allclose(jax.grad(lambda F: loss.hessian_mv(one, F, Y).sum())(F), -x, rtol=2e-6)
+    value = loss.value(F, Y)
+    assert np.isfinite(value).all()
+    if x > 1e10: np.testing.assert_allclose(value, a * (np.expm1(d) - d), rtol=2e-6)
+
+
+def test_a_root_of_cross_entropy_at_an_infinite_logit_is_no_number():
+    f, loss = jnp.array([jnp.inf, 0.0, 1.0], jnp.float32), create_loss("cross_entropy")
+    assert np.isnan(loss.hessian_mv(jnp.ones(3, jnp.float32), f)).all()
+    assert np.isnan(loss.square_root_mv(jnp.ones(2, jnp.float32), f)).all()
+    assert np.isfinite(loss.square_root_mv(jnp.ones(2, jnp.float32), f.at[0].set(-jnp.inf))).all()

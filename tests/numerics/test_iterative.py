@@ -625,3 +625,60 @@ def test_small_eigenproblems_are_in_float64():
     values, U = np.linalg.eigh(np.float64(small))
     exact = U @ (U[0] / np.sqrt(values))
     assert_close(np.float64(jax.jit(lambda b: first_coefficients(b, 2, jax.lax.rsqrt))(basis)), exact, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_representations_precondition_in_half_precision(dtype):
+    params, data = problem(dtype)
+    A = create_ggn_mv(with_spare, params, data, "cross_entropy")
+    b = jax.tree.map(lambda leaf: leaf.astype(dtype), right())
+    plain = flat(solve(A, b, 1.0).x)
+    for C in (Diagonal(diagonal(A)), block_diagonal(A).dense_blocks(), gram(A)):
+        for found in (solve(A, b, 1.0, preconditioner=C).x, jax.tree.map(lambda x: x[0], solve_many(A, jax.tree.map(lambda x: x[None], b), 1.0, preconditioner=C).x)):
+            assert [leaf.dtype.name for leaf in jax.tree.leaves(found)] == [dtype] * 4
+            assert np.linalg.norm(flat(found) - plain) < {"bfloat16": 0.2, "float16": 0.02}[dtype] * np.linalg.norm(plain)
+    with pytest.raises(ValueError, match="preconditioner: got tree structure"):
+        solve(A, b, 1.0, preconditioner=Diagonal(jnp.ones(3)))
+
+
+def test_a_spectrum_of_one_point():
+    for number in (0.0, 2.5, -1e-3):
+        found = spectral_density(Diagonal(jnp.full(4, number)), random.key(0))
+        grid = found.grid(2001)
+        assert grid[0] < number < grid[-1]
+        area = jnp.sum(found.density(grid).value) * (grid[1] - grid[0])
+        assert_close(float(area), 4.0, rtol=1e-3)
+
+
+def test_densities_are_compiled_once():
+    found = [spectral_density(Diagonal(jnp.arange(9.0) + i), random.key(i)) for i in range(2)]
+    grid = found[0].grid(50)
+    found[0].density(grid), found[0].cumulative(grid)
+    with count_compiles() as compiled:
+        for each in found: each.density(grid), each.cumulative(grid)
+    assert compiled.count == 0
+
+
+def test_streams_are_solved_outside_of_compiled_functions():
+    data = {"input": jnp.eye(2), "target": jnp.ones(2)}
+    S = create_ggn_mv(lambda input, params: input @ params, jnp.ones(2), Stream(lambda: iter([data])), "mse", num_curv_samples=2)
+    b, one = jnp.ones(2), jnp.ones(())
+    for name, fn, argument in (
+        ("b", lambda b: solve(S, b, 1.0).x, b),
+        ("b", lambda b: solve_many(S, b[None], 1.0).x, b),
+        ("damping", lambda d: solve(S, b, d).x, one),
+        ("damping", lambda d: solve_many(S, b[None], d).x, one),
+        ("damping", lambda d: inverse(S, d)(b), one),
+        ("damping", lambda d: inverse_sqrt(S, d)(b), one),
+        ("damping", lambda d: logdet(S, d, key=random.key(0)).value, one),
+        ("damping", lambda d: sample(S, random.key(0), d), one),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: got a traced array, expected numbers: an operator on a stream"):
+            jax.jit(fn)(argument)
+
+
+def test_how_many_eigenpairs_is_a_whole_number():
+    for M in (operator("ggn"), Diagonal(jnp.ones(3))):
+        for k in (None, 1.5):
+            with pytest.raises(TypeError, match=f"k: got {k}, expected a whole number$"):
+                eigsh(M, k)

@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 from ggn_cases import ALL_CASES, QUICK, batched, coupled, reference, run_cases, run_python, targets
 from ggn_nb import (
+    DenseBlocks,
+    Diagonal,
     Stream,
     block_diagonal,
     create_fisher_mv,
     create_ggn_mv,
     create_hessian_mv,
     diagonal,
+    eigsh,
     explain,
     gram,
+    inverse,
+    logdet,
     multi_head,
+    sample,
     select_params,
+    solve,
     square_root,
     trace,
 )

@@ -374,7 +374,7 @@ def test_arguments_that_do_not_fit(pair):
         sample(M, 0, 1.0)
     with pytest.raises(ValueError, match="key: got shape"):
         sample(M, jax.random.split(jax.random.key(0)), 1.0)
-    for k, exc in ((0, ValueError), (P + 10, ValueError), (None, ValueError), (1.5, TypeError)):
+    for k, exc in ((0, ValueError), (P + 10, ValueError), (None, TypeError), (1.5, TypeError)):
         with pytest.raises(exc, match="k: got"):
             eigsh(M, k)
 

@@ -15,10 +15,18 @@ from ggn_nb import (
     create_ggn_mv_without_data,
     create_hessian_mv,
     create_hessian_mv_without_data,
+    eigsh,
+    logdet,
+    multi_head,
+    solve_many,
+    verify,
 )
+from ggn_nb import solve as solve_damped
 from ggn_nb.losses.create import LossHessian
 from ggn_nb.losses.cross_entropy import cross_entropy
 from ggn_nb.losses.custom import CustomLoss, HessianOnly
+from ggn_nb.losses.heteroscedastic_gaussian import heteroscedastic_gaussian
+from ggn_nb.losses.student_t import student_t
 from ggn_nb.tools.testing import assert_close, dense_ggn
 from ggn_nb.tools.timing import count_compiles
 from jax.tree_util import Partial
@@ -499,3 +507,43 @@ def test_no_two_classes_have_equal_structures():
     wrapped = [HessianOnly(Partial(linear)), CustomLoss(Partial(linear)), LossHessian(HessianOnly(Partial(linear)))]
     for trees in (bound, unbound, list(map(jax.tree.structure, wrapped))):
         assert all(a != b for i, a in enumerate(trees) for b in trees[:i])
+
+
+def test_arrays_of_numpy_times_an_operator():
+    G = make()
+    for multiply in (lambda: np.array([1.0, 2.0]) * G, lambda: G * np.array([1.0, 2.0])):
+        with pytest.raises(TypeError, match=r"factor: got array\(\[1., 2.\]\), expected a real number"): multiply()
+    with pytest.raises(TypeError): np.ones(24) @ G
+    vec = random_like(PARAMS)
+    twice = jax.tree.map(lambda leaf: 2 * leaf, G(vec))
+    for factor in (np.float64(2), np.array(2.0), np.float32(2)): assert_close((factor * G)(vec), twice)
+
+
+INDEFINITE = {"student_t": student_t(curvature="hessian"), "heteroscedastic": heteroscedastic_gaussian(curvature="hessian")}
+
+
+@pytest.mark.parametrize("name", INDEFINITE)
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "in a head"])
+def test_an_indefinite_loss_makes_no_semi_definite_matrix(name, nested):
+    loss, x, w = INDEFINITE[name], RNG.standard_normal((20, 3)), jnp.ones((3, 2))
+    target = np.full((20, 2) if name == "student_t" else 20, 9.0)
+    data, model = {"input": x, "target": target}, linear
+    if nested:
+        loss, model = multi_head({"a": "mse", "b": multi_head([loss])}), lambda input, params: {"a": input @ params, "b": [input @ params]}
+        data = {"input": x, "target": {"a": np.zeros((20, 2)), "b": [target]}}
+    G = create_ggn_mv(model, w, data, loss)
+    assert not G.is_psd
+    assert not G.damped(1.0).is_psd
+    assert verify(G).passed
+    assert create_ggn_mv(model, w, data | {"target": None}, multi_head({"a": "mse", "b": ["mse"]}) if nested else "mse").is_psd
+    matrix = np.asarray(G.dense())
+    lowest = np.linalg.eigvalsh(matrix)[0]
+    assert_close(eigsh(G, k=1, which="SA")[0], jnp.array([lowest]), rtol=1e-6)
+    b, key = jnp.arange(6.0).reshape(3, 2), jax.random.key(0)
+    if lowest < -2:
+        with pytest.raises(ValueError, match="not positive definite"): solve_damped(G, b, damping=1.0)
+        with pytest.raises(ValueError, match="not positive definite"): logdet(G, damping=1.0, key=key)
+    damping = 1.0 + 2 * abs(lowest)
+    expected = np.linalg.solve(matrix + damping * np.eye(6), b.ravel()).reshape(3, 2)
+    assert_close(solve_damped(G, b, damping=damping).x, jnp.asarray(expected), rtol=1e-6)
+    assert_close(solve_many(G, jnp.stack([b, -b]), damping=damping).x, jnp.stack([expected, -expected]), rtol=1e-6)

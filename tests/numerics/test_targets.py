@@ -7,6 +7,7 @@ import pytest
 from ggn_nb import create_ggn_mv, create_loss, create_loss_hessian_mv, multi_head
 from ggn_nb.losses.closed_form import registered_losses
 from ggn_nb.losses.common import first_columns
+from ggn_nb.operators.samples import enable_x64
 from ggn_nb.tools.testing import assert_close
 from jax import random
 
@@ -389,3 +390,32 @@ def test_parameters_are_arrays_in_a_precision_that_can_be_differentiated(case):
         create_ggn_mv(model, params, {"input": F, "target": F}, "mse")
     for fine in (np.float64(2.0), np.ones(2), jnp.float32(2.0), [np.float32(1), np.float32(2)]):
         create_ggn_mv(model, fine, {"input": F, "target": F}, "mse")
+
+
+BIG = 3_000_000_000  # more than int32 holds
+
+
+def test_large_integers_are_read_as_real_numbers():
+    with enable_x64(False):
+        f = jnp.zeros(2)
+        for y in (np.array([BIG, 2**40]), np.array([BIG, 2**40], np.uint64), [BIG, 2**40]):
+            assert_close(create_loss("mse").value(f, y), jnp.array([float(BIG) ** 2, 2.0**80]), rtol=1e-6)
+            assert_close(create_loss("mse").gradient(f, y), jnp.array([-2.0 * BIG, -(2.0**41)]), rtol=1e-6)
+        y = np.array([BIG])
+        assert_close(create_loss("heteroscedastic_gaussian").gradient(jnp.zeros((1, 2)), y)[0, 0], jnp.array(-float(BIG)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("y", [
+    np.array([2**40, 0]), np.array([2**32 - 100, 0], np.uint32), np.array([2**64 - 100, 0], np.uint64), np.array([-(2**40), 0]),
+    np.array([[2**32 + 1, 0, 0], [0, 1, 0]]),
+], ids=["int64", "uint32", "uint64", "negative", "one-hot"])
+def test_labels_that_do_not_fit_into_int32_are_out_of_range(y):
+    with enable_x64(False), pytest.raises(ValueError, match="target: got values that cross_entropy does not take"):
+        create_loss("cross_entropy").value(jnp.zeros((2, 3)), y)
+
+
+def test_labels_of_short_types_are_read():
+    loss, f = create_loss("cross_entropy"), jnp.zeros((2, 3))
+    for dtype in (np.int8, np.uint8, np.uint32, np.int64):
+        assert_close(loss.value(f, np.array([2, 0], dtype)), loss.value(f, jnp.array([2, 0])))
+    assert_close(loss.value(f, np.array([-100, 0], np.int8)), jnp.array([0.0, np.log(3)]))
