@@ -62,8 +62,8 @@ class BlockDiagonal(Curvature):
 
     @property
     def is_psd(self) -> bool:
-        """True: the blocks of a positive semi-definite matrix are."""
-        return True
+        """Is the whole matrix? Then its blocks are: all but those of an indefinite loss."""
+        return not self.problem.loss.is_indefinite
 
     def dense_blocks(self) -> DenseBlocks:
         """The blocks as dense matrices, for functions of them such as `solve` and `logdet`.

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from ..tools.arrays import sum_entries
+from ..tools.checks import check_choice
 
 # %% ../../nbs/losses/00_loss.ipynb #b9dff521
 def check_reduction(
     reduction: Any,  # what should be "sum" or "mean"
 ) -> None:
     "Raise `ValueError` unless `reduction` is one of the two"
-    if reduction not in ("sum", "mean"):
-        raise ValueError(f"reduction: got {reduction!r}, expected 'sum' or 'mean'")
+    check_choice(reduction, "reduction", ("sum", "mean"))
 
 # %% ../../nbs/losses/00_loss.ipynb #c0f1a0b1
 class MissingMethodError(ValueError):

@@ -175,6 +175,6 @@ def check_flag(value: Any, name: str) -> bool:
 # %% ../../nbs/tools/00_checks.ipynb #571b11dd
 def check_choice(value: Any, name: str, choices: Sequence[Any]) -> None:
     "Raise `ValueError` unless `value` is one of the choices"
-    if value in choices: return
+    if any(isinstance(value, type(choice)) and value == choice for choice in choices): return
     expected = " or ".join(map(repr, choices))
     raise ValueError(f"{name}: got {value!r}, expected {expected}")

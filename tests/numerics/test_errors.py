@@ -434,3 +434,8 @@ def test_unknown_keywords_name_the_function_that_was_called(create):
 def test_a_model_without_its_parameters():
     with pytest.raises(KeyError) as raised: bound({}, model_fn=lambda input, params: input @ params["w"])
     assert "params: got {}, without arrays" in raised.value.__notes__
+
+
+def test_one_of_several_words_is_no_array_of_them():
+    words = np.array(["sum", "mean"])
+    refused(lambda: mse().total(ROW, ROW, reduction=words), ValueError, r"reduction: got array\(\['sum', 'mean'\]", "expected 'sum' or 'mean'")
