@@ -212,7 +212,6 @@ def cross_entropy_square_root_mv(
     pad = lambda *around: jnp.pad(u, [(0, 0)] * (u.ndim - 1) + [around])
     w = jnp.where(place == 0, 0, jnp.where(place < 0, pad(0, missing), pad(missing, 0)))
     product = q * (w - b * jnp.sum(q * w, axis=-1, keepdims=True))
-    product += 0 * jnp.max(f, axis=-1, keepdims=True)  # NaN where it is infinite, as in H
     return _multiplied(root(_total_weight(f, y, class_weight, label_smoothing)), product)
 
 # %% ../../nbs/losses/11_cross_entropy.ipynb #5fe8a955
