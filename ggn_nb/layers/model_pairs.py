@@ -138,9 +138,9 @@ def _pairs_of_call(problem: Problem, columns: Columns, samples: Samples) -> Mode
     found = list(map(_pair, reading.places, outputs))
     others = sorted(reading.ends)
     found += [_gradient_pair(i, reading.ends[i], g) for i, g in zip(others, gradients, strict=True)]
-    seen = filter(_has_entries, found)
+    seen = list(filter(_has_entries, found))
     like = tuple(map(structure_of, jax.tree.leaves(widen(problem.params))))
-    return ModelPairs(tuple(_joined(list(seen))), signs, like, getattr(columns, "of_head", False))
+    return ModelPairs(tuple(_joined(seen)), signs, like, getattr(columns, "of_head", False))
 
 # %% ../../nbs/layers/02_model_pairs.ipynb #9e5d0028
 def pairs_of(problem: Problem, samples: Samples, columns: Columns = loss_columns) -> ModelPairs:

@@ -28,7 +28,7 @@ from ggn_nb.losses.weights import (
     weight_faults,
 )
 from ..tools.arrays import as_array, on_host, register_pytree, working_dtype
-from ..tools.checks import check_array
+from ..tools.checks import check_array, check_choice
 
 # %% ../../nbs/losses/02_closed_form.ipynb #f7004c9c
 @dataclass(frozen=True)
@@ -236,8 +236,7 @@ def as_option(
 # %% ../../nbs/losses/02_closed_form.ipynb #a662c195
 def curvature_fields(curvature: Any) -> dict[str, Any]:
     "What follows for a loss from its option `curvature`; `ValueError` for unknown ones"
-    if not isinstance(curvature, str) or curvature not in ("hessian", "fisher"):
-        raise ValueError(f"curvature: got {curvature!r}, expected 'hessian' or 'fisher'")
+    check_choice(curvature, "curvature", ("hessian", "fisher"))
     exact = curvature == "hessian"
     return {"curvature": curvature, "is_hessian": exact, "is_fisher": not exact,
             "target_use": "required" if exact else "unused"}

@@ -58,8 +58,8 @@ class Loss(ABC):
     depend on a target outside of the domain are NaN at its position.
 
     The flags `is_hessian`, `is_fisher`, `is_indefinite` and `indexed` say what H is and whether it
-    takes `index`;
-    `is_likelihood` says that `value` is the negative log-likelihood of what `sample` draws.
+    takes `index`; `is_likelihood` says that `value` is the negative log-likelihood of what `sample`
+    draws.
 
     Raises:
 

@@ -374,9 +374,10 @@ def _claims_of_parts(loss: Loss, u: Any, pred: Any, target: Any, given: dict) ->
     n, whole = _common_length((pred, target, given)), (u, pred, target, given)
     if n < 2 or loss.num_position_axes(pred, target) == 0: return {}
     has_mean = target is not None or isinstance(loss, CustomLoss)
-    try: means = _means_of_parts(loss, whole, n) if has_mean else {}
+    try:
+        means = _means_of_parts(loss, whole, n) if has_mean else {}
+        return _products_of_parts(loss, whole, n) | means
     except ValueError: return {}  # an option has the shape of the whole prediction
-    return _products_of_parts(loss, whole, n) | means
 
 # %% ../../nbs/operators/30_verification.ipynb #c55c4430
 def _derivatives(loss: Loss, pred: Any, target: Any, given: dict) -> dict[str, Any]:
